@@ -73,6 +73,17 @@ def encode_conversations(
     return [i if end is None or i[-1:] == [end] else [*i, end] for i in ids]
 
 # %% ../nbs/02_padding.ipynb #392b69dd
+def _refuse_long(ids: list[list[int]], indices: list[int], side: str, max_length: int | None) -> None:
+    "Raises ValueError for the first sequence over `max_length`."
+    for index, sequence in zip(indices, ids):
+        if max_length is not None and len(sequence) > max_length:
+            raise bad_argument(
+                "tokenize_pairs", "comparisons", f"of at most {max_length} tokens a sequence",
+                f"{len(sequence)} for the prompt and response_{side} of row {index + 1}",
+                "call filter_long first with lower limits, or raise max_length",
+            )  # fmt: skip
+
+# %% ../nbs/02_padding.ipynb #c07135f8
 LABELS = {"a": 0, "b": 1, "tie": 2}  # winner -> class
 PAIR_COLUMNS = ("input_ids_a", "attention_mask_a", "input_ids_b", "attention_mask_b", "label")  # of a tokenized row
 
@@ -101,17 +112,6 @@ def tokenize_pairs(
     old = comparisons.column_names
     tokenized = comparisons.map(tokenize, batched=True, with_indices=True, remove_columns=old, desc="Tokenizing pairs")
     return tokenized.select_columns(list(PAIR_COLUMNS))
-
-
-def _refuse_long(ids: list[list[int]], indices: list[int], side: str, max_length: int | None) -> None:
-    "Raises ValueError for the first sequence over `max_length`."
-    for index, sequence in zip(indices, ids):
-        if max_length is not None and len(sequence) > max_length:
-            raise bad_argument(
-                "tokenize_pairs", "comparisons", f"of at most {max_length} tokens a sequence",
-                f"{len(sequence)} for the prompt and response_{side} of row {index + 1}",
-                "call filter_long first with lower limits, or raise max_length",
-            )  # fmt: skip
 
 # %% ../nbs/02_padding.ipynb #723de9fc
 @dataclass(frozen=True)
@@ -164,23 +164,6 @@ def _length_table(function: str, lengths: Any) -> np.ndarray:
     return table.reshape(len(table), -1)
 
 # %% ../nbs/02_padding.ipynb #10656175
-def optimal_batches(
-    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,), or of each row's sequences, (N, 2)
-    batch_size: int,  # most rows in a batch, at least 1
-) -> list[list[int]]:  # the rows of each of ceil(N / batch_size) batches, as indices into `lengths`, longest first
-    """The batches with the fewest pads among all ways to make ceil(N / batch_size) batches of at most `batch_size` rows.
-
-    Exact: dynamic programming over cuts of the order from long to short. `batch_size=1` needs no pad between rows.
-    Raises: ValueError for no lengths, a length below 1, or a batch size below 1.
-    """
-    longest = _length_table("optimal_batches", lengths).max(axis=1)
-    if batch_size < 1:
-        raise bad_argument("optimal_batches", "batch_size", "at least 1", batch_size, "raise it")
-    order = np.argsort(-longest, kind="stable")
-    ends = np.cumsum(_best_sizes(longest[order], batch_size))
-    return [part.tolist() for part in np.split(order, ends[:-1])]
-
-
 def _best_sizes(longest: np.ndarray, batch_size: int) -> list[int]:
     "The sizes of the batches to cut from `longest` (sorted, long to short) that take the fewest places."
     n_batches = -(-len(longest) // batch_size)
@@ -197,3 +180,20 @@ def _best_sizes(longest: np.ndarray, batch_size: int) -> list[int]:
         sizes.append(batch_size - int(u - came_from[u]))
         u = came_from[u]
     return sizes[::-1]
+
+# %% ../nbs/02_padding.ipynb #56faa49e
+def optimal_batches(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,), or of each row's sequences, (N, 2)
+    batch_size: int,  # most rows in a batch, at least 1
+) -> list[list[int]]:  # the rows of each of ceil(N / batch_size) batches, as indices into `lengths`, longest first
+    """The batches with the fewest pads among all ways to make ceil(N / batch_size) batches of at most `batch_size` rows.
+
+    Exact: dynamic programming over cuts of the order from long to short. `batch_size=1` needs no pad between rows.
+    Raises: ValueError for no lengths, a length below 1, or a batch size below 1.
+    """
+    longest = _length_table("optimal_batches", lengths).max(axis=1)
+    if batch_size < 1:
+        raise bad_argument("optimal_batches", "batch_size", "at least 1", batch_size, "raise it")
+    order = np.argsort(-longest, kind="stable")
+    ends = np.cumsum(_best_sizes(longest[order], batch_size))
+    return [part.tolist() for part in np.split(order, ends[:-1])]

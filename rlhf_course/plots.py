@@ -71,7 +71,7 @@ def new_figure(
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return fig, ax
 
-# %% ../nbs/90_plots.ipynb #cell-015
+# %% ../nbs/90_plots.ipynb #cell-016
 def _draw_level(ax: Axes, value: float, label: str, linestyle: str, above: bool) -> None:
     "A horizontal line over the whole width, its name written at the right end."
     if not np.isfinite(value):
@@ -101,7 +101,16 @@ def draw_baseline(
     "Draw the value reached without learning as a dotted line with its name."
     _draw_level(ax, value, label, ":", above)
 
-# %% ../nbs/90_plots.ipynb #cell-020
+
+def _draw_levels(ax: Axes, limit: float | None, baseline: float | None) -> None:
+    "Limit and baseline where they are given, their names kept apart."
+    upwards = limit is None or baseline is None or limit > baseline
+    if limit is not None:
+        draw_limit(ax, limit, above=upwards)
+    if baseline is not None:
+        draw_baseline(ax, baseline, above=not upwards)
+
+# %% ../nbs/90_plots.ipynb #cell-021
 def learning_curves(
     title: str,                                   # the finding
     xlabel: str,                                  # e.g. "environment steps"
@@ -125,19 +134,12 @@ def learning_curves(
         for row in rows:
             ax.plot(x, row, color=mean.get_color(), linestyle="-", linewidth=0.6, alpha=0.5)
     _draw_levels(ax, limit, baseline)
+    if max(x) >= 10_000:
+        ax.xaxis.set_major_formatter(lambda position, _: f"{position / 1000:g}k")
     ax.legend(fontsize=8)
     return fig
 
-
-def _draw_levels(ax: Axes, limit: float | None, baseline: float | None) -> None:
-    "Limit and baseline where they are given, their names kept apart."
-    upwards = limit is None or baseline is None or limit > baseline
-    if limit is not None:
-        draw_limit(ax, limit, above=upwards)
-    if baseline is not None:
-        draw_baseline(ax, baseline, above=not upwards)
-
-# %% ../nbs/90_plots.ipynb #cell-027
+# %% ../nbs/90_plots.ipynb #cell-028
 def bars(
     title: str,                                  # the finding
     xlabel: str,                                 # what the bars are
@@ -168,7 +170,7 @@ def bars(
     _draw_levels(ax, limit, baseline)
     return fig
 
-# %% ../nbs/90_plots.ipynb #cell-032
+# %% ../nbs/90_plots.ipynb #cell-033
 def compare_histograms(
     title: str,                                # the finding
     xlabel: str,                               # the quantity, with its unit
@@ -189,14 +191,15 @@ def compare_histograms(
     edges = np.histogram_bin_edges(np.concatenate(list(groups.values())), n_bins)
     for name, values in groups.items():
         shares = np.histogram(values, edges)[0] / values.size
-        ax.plot(np.repeat(edges, 2), np.concatenate([[0], np.repeat(shares, 2), [0]]), label=f"{name} (mean {values.mean():.3g})")
+        outline = np.concatenate([[0], np.repeat(shares, 2), [0]])
+        ax.plot(np.repeat(edges, 2), outline, label=f"{name} (mean {values.mean():.3g})")
     if limit is not None:
         ax.axvline(limit, color="0.35", linewidth=1.0, label=f"limit {limit:.4g}")
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/90_plots.ipynb #cell-037
+# %% ../nbs/90_plots.ipynb #cell-038
 def reliability(
     title: str,                      # the finding
     predicted: Sequence[float],      # predicted probability of the event, (B,) in [0, 1]
@@ -224,7 +227,7 @@ def reliability(
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/90_plots.ipynb #cell-042
+# %% ../nbs/90_plots.ipynb #cell-043
 def figure_to_data_uri(
     fig: Figure,     # any matplotlib figure
     dpi: int = 100,  # dots an inch

@@ -8,8 +8,9 @@ __all__ = ['CLIP_HINT', 'masked_variance', 'normalize_advantages', 'check_positi
            'ActorCritic', 'logprobs_and_entropy', 'PPOConfig', 'Rollout', 'rollout', 'update', 'finished_returns',
            'train', 'evaluate']
 
-# %% ../nbs/05b_ppo.ipynb #cell-004
+# %% ../nbs/05b_ppo.ipynb #a6cc5e74
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,18 +22,24 @@ from torch import Tensor, nn
 from .checks import bad_argument
 from .policy_gradient import check_aligned, check_fraction, compute_gae, masked_mean, zero_masked
 
-# %% ../nbs/05b_ppo.ipynb #cell-009
+# %% ../nbs/05b_ppo.ipynb #30a8708e
 def masked_variance(
     x: Tensor,                   # values, any shape, float
     mask: Tensor | None = None,  # which of them count, same shape, bool; None: all
 ) -> Tensor:                     # their variance, scalar
-    "The unbiased variance (divided by n - 1) of the entries that count; 0 for fewer than two."
+    """The unbiased variance (divided by n - 1) of the entries that count; 0 for fewer than two.
+
+    Raises: ValueError when `mask` is not bool or not of the shape of `x`.
+    """
+    check_aligned("masked_variance", {"x": x}, {"mask": mask})
+    if mask is None:
+        return x.var(correction=min(1, x.numel() - 1))
     (x,) = zero_masked(mask, x)
-    n = torch.tensor(x.numel()) if mask is None else mask.sum()
+    n = mask.sum()
     squares = (x - masked_mean(x, mask)) ** 2
     return masked_mean(squares, mask) * n / (n - 1).clamp(min=1)
 
-# %% ../nbs/05b_ppo.ipynb #cell-010
+# %% ../nbs/05b_ppo.ipynb #4ee404f4
 def normalize_advantages(
     advantages: Tensor,          # advantages, (T, N) or (B,) float
     mask: Tensor | None = None,  # steps that count, same shape, bool; None: all
@@ -51,7 +58,7 @@ def normalize_advantages(
     centred = advantages - masked_mean(advantages, mask)
     return zero_masked(mask, centred / (masked_variance(advantages, mask).sqrt() + eps))[0]
 
-# %% ../nbs/05b_ppo.ipynb #cell-015
+# %% ../nbs/05b_ppo.ipynb #4455237a
 def check_positive(
     function: str,  # name of the function that asks
     name: str,      # name of the argument
@@ -65,7 +72,7 @@ def check_positive(
 
 CLIP_HINT = "0.2 is the paper's, `math.inf` switches a clip off"
 
-# %% ../nbs/05b_ppo.ipynb #cell-016
+# %% ../nbs/05b_ppo.ipynb #e7b4db7b
 def clipped_surrogate_loss(
     logprobs: Tensor,            # log-probability of each action now, (T, N) or (B,) float
     old_logprobs: Tensor,        # the same when the action was taken, same shape, no gradient
@@ -90,7 +97,7 @@ def clipped_surrogate_loss(
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -masked_mean(torch.minimum(ratio * advantages, clipped_ratio * advantages), mask)
 
-# %% ../nbs/05b_ppo.ipynb #cell-024
+# %% ../nbs/05b_ppo.ipynb #74b1e5ee
 def value_loss(
     values: Tensor,                     # predicted values now, (T, N) or (B,) float
     old_values: Tensor,                 # the same when the data were gathered, same shape, no gradient
@@ -115,7 +122,7 @@ def value_loss(
         error = torch.maximum(error, (clipped - returns) ** 2)
     return 0.5 * masked_mean(error, mask)
 
-# %% ../nbs/05b_ppo.ipynb #cell-029
+# %% ../nbs/05b_ppo.ipynb #c01bee97
 def approx_kl(
     logprobs: Tensor,            # log-probability of each action now, (T, N) or (B,) float
     old_logprobs: Tensor,        # the same when the action was taken, same shape
@@ -148,7 +155,7 @@ def approx_kl_k2(
     logprobs, old_logprobs = zero_masked(mask, logprobs, old_logprobs)
     return 0.5 * masked_mean((logprobs - old_logprobs) ** 2, mask)
 
-# %% ../nbs/05b_ppo.ipynb #cell-035
+# %% ../nbs/05b_ppo.ipynb #e077de8d
 def clip_fraction(
     logprobs: Tensor,            # log-probability of each action now, (T, N) or (B,) float
     old_logprobs: Tensor,        # the same when the action was taken, same shape
@@ -167,7 +174,7 @@ def clip_fraction(
     outside = ((logprobs - old_logprobs).exp() - 1).abs() > clip_coef
     return masked_mean(outside.to(logprobs.dtype), mask)
 
-# %% ../nbs/05b_ppo.ipynb #cell-039
+# %% ../nbs/05b_ppo.ipynb #c91d6ea6
 def explained_variance(
     values: Tensor,              # predicted values, (T, N) or (B,) float
     returns: Tensor,             # what was to be predicted, same shape
@@ -185,7 +192,7 @@ def explained_variance(
     total = masked_variance(returns, mask)
     return torch.where(total > 0, 1 - masked_variance(returns - values, mask) / total, torch.nan)
 
-# %% ../nbs/05b_ppo.ipynb #cell-044
+# %% ../nbs/05b_ppo.ipynb #4a6b1743
 def ppo_loss(
     logprobs: Tensor,                   # log-probability of each action now, (T, N), (T, B) or (B,) float
     old_logprobs: Tensor,               # the same when the action was taken, same shape, no gradient
@@ -226,7 +233,7 @@ def ppo_loss(
                  "clipfrac": clip_fraction(logprobs, old_logprobs, mask, clip_coef=clip_coef)}
     return loss, stats
 
-# %% ../nbs/05b_ppo.ipynb #cell-058
+# %% ../nbs/05b_ppo.ipynb #6cb6ab91
 def orthogonal_layer(
     n_in: int,    # inputs
     n_out: int,   # outputs
@@ -238,7 +245,7 @@ def orthogonal_layer(
     nn.init.zeros_(layer.bias)
     return layer
 
-
+# %% ../nbs/05b_ppo.ipynb #8df26bd4
 class ActorCritic(nn.Module):
     """A policy over discrete actions and a value function, two networks of two hidden layers.
 
@@ -264,7 +271,7 @@ class ActorCritic(nn.Module):
         "The logits of the actions and the predicted values."
         return self.policy(observations), self.value(observations).squeeze(-1)
 
-# %% ../nbs/05b_ppo.ipynb #cell-062
+# %% ../nbs/05b_ppo.ipynb #1a3e18a6
 def logprobs_and_entropy(
     logits: Tensor,           # scores of the actions, (..., n_actions) float
     actions: Tensor,          # the actions taken, (...) long
@@ -274,7 +281,7 @@ def logprobs_and_entropy(
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, actions[..., None]).squeeze(-1), entropy
 
-# %% ../nbs/05b_ppo.ipynb #cell-066
+# %% ../nbs/05b_ppo.ipynb #499b48e9
 @dataclass(frozen=True)
 class PPOConfig:
     """The settings of PPO. The defaults suit 64 environments of CartPole-v1.
@@ -292,6 +299,7 @@ class PPOConfig:
     clip_coef: float = 0.2        # clip range of the ratio (the paper's)
     vf_coef: float = 0.5          # weight of the value loss
     ent_coef: float = 0.0         # weight of the entropy bonus (the paper's for control)
+    vf_clip_coef: float | None = None  # clip range of the values, None: no clip
     max_grad_norm: float = 0.5    # gradients longer than this are shortened (37 details, detail 11)
 
     def __post_init__(self):
@@ -300,7 +308,7 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             check_fraction("PPOConfig", name, getattr(self, name))
 
-# %% ../nbs/05b_ppo.ipynb #cell-070
+# %% ../nbs/05b_ppo.ipynb #c4585b15
 class Rollout(NamedTuple):
     "What a rollout keeps, time first."
 
@@ -314,7 +322,7 @@ class Rollout(NamedTuple):
     done: Tensor          # terminated or truncated, (T, N) bool
     mask: Tensor          # False: the step only reset its environment, (T, N) bool
 
-
+# %% ../nbs/05b_ppo.ipynb #c60745c5
 @torch.no_grad()
 def rollout(
     envs: gym.vector.VectorEnv,            # N environments with next-step autoreset
@@ -346,7 +354,7 @@ def rollout(
     next_values = torch.cat([values[1:], agent(torch.from_numpy(observations))[1][None]])
     return Rollout(seen, actions, logprobs, values, next_values, rewards, terminated, done, mask), observations, previous_done
 
-# %% ../nbs/05b_ppo.ipynb #cell-075
+# %% ../nbs/05b_ppo.ipynb #59aae37f
 def update(
     agent: nn.Module,                  # observations -> logits, values; changed in place
     optimizer: torch.optim.Optimizer,  # of the agent's parameters
@@ -367,7 +375,8 @@ def update(
             logits, values = agent(observations)
             logprobs, entropy = logprobs_and_entropy(logits, actions)
             loss, stats = ppo_loss(logprobs, old_logprobs, normalize_advantages(advantages), values, old_values, returns,
-                                   entropy, clip_coef=config.clip_coef, vf_coef=config.vf_coef, ent_coef=config.ent_coef)
+                                   entropy, clip_coef=config.clip_coef, vf_coef=config.vf_coef, ent_coef=config.ent_coef,
+                                   vf_clip_coef=config.vf_clip_coef)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
@@ -376,7 +385,7 @@ def update(
     means = dict(zip(stats, torch.stack(history).mean(0).tolist(), strict=True))
     return means | {"explained_variance": explained_variance(columns[4], columns[5]).item()}
 
-# %% ../nbs/05b_ppo.ipynb #cell-079
+# %% ../nbs/05b_ppo.ipynb #95b1e812
 def finished_returns(
     experience: Rollout,  # rewards and ends, (T, N)
     running: Tensor,      # return so far of the episode that is under way, (N,) float; updated in place
@@ -411,13 +420,13 @@ def train(
         history.append({"steps": (i + 1) * steps_each, "return_mean": float(np.mean(episodes or [np.nan]))} | stats)
     return history
 
-# %% ../nbs/05b_ppo.ipynb #cell-083
+# %% ../nbs/05b_ppo.ipynb #81b8c00d
 @torch.no_grad()
 def evaluate(
-    agent: nn.Module,            # observations -> logits, values
-    envs: gym.vector.VectorEnv,  # N environments, each plays one episode
-    seed: int,                   # of the environments; another than in training
-) -> Tensor:                     # undiscounted return of the first episode of each, (N,) float
+    agent: Callable[[Tensor], tuple],  # observations -> logits, values
+    envs: gym.vector.VectorEnv,        # N environments, each plays one episode
+    seed: int,                         # of the environments; another than in training
+) -> Tensor:                           # undiscounted return of the first episode of each, (N,) float
     "The returns of one greedy episode in each environment."
     observations, _ = envs.reset(seed=seed)
     returns, running = torch.zeros(envs.num_envs), torch.ones(envs.num_envs, dtype=torch.bool)

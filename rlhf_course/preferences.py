@@ -24,15 +24,24 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # %% auto #0
-__all__ = ['COLUMNS', 'MODELS', 'LAYOUTS', 'find_problem', 'LoadReport', 'parse_winner', 'parse_preference', 'Layout',
-           'find_layout', 'comparisons_from_rows', 'load_comparisons', 'shuffle_sides', 'count_tokens', 'filter_long',
-           'split_by_prompt', 'sort_longest_first']
+__all__ = ['COLUMNS', 'MODELS', 'LAYOUTS', 'TOKEN_COUNTS', 'find_problem', 'LoadReport', 'parse_winner', 'parse_preference',
+           'Layout', 'find_layout', 'comparisons_from_rows', 'load_comparisons', 'shuffle_sides', 'count_tokens',
+           'filter_long', 'split_by_prompt', 'sort_longest_first']
 
 # %% ../nbs/01_preferences.ipynb #31b30815
 COLUMNS = ("prompt", "response_a", "response_b", "winner")  # the columns of a comparison; winner is "a", "b" or "tie"
 MODELS = ("model_a", "model_b")  # who wrote the two responses, where that is known, else null
 
 # %% ../nbs/01_preferences.ipynb #18db7c1b
+def _is_unicode(text: str) -> bool:
+    "Whether `text` can be written as UTF-8; a lone surrogate such as a JSON `\\ud800` cannot."
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+# %% ../nbs/01_preferences.ipynb #671de047
 def find_problem(
     comparison: Mapping[str, Any],  # a row in the one schema, before it is trusted
 ) -> tuple[str, str] | None:  # (reason to drop it, column at fault), or None for a usable comparison
@@ -54,15 +63,6 @@ def find_problem(
     if comparison["response_a"] == comparison["response_b"]:
         return "identical responses", "response_b"
     return None
-
-
-def _is_unicode(text: str) -> bool:
-    "Whether `text` can be written as UTF-8; a lone surrogate such as a JSON `\\ud800` cannot."
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 # %% ../nbs/01_preferences.ipynb #12e463d0
 @dataclass(frozen=True)
@@ -316,21 +316,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 # %% ../nbs/01_preferences.ipynb #7b8b272d
-def _csv_table(text: io.TextIOBase, source: str) -> _Table:
-    "The rows of a CSV file with a header; the place of a row is the line on which it starts."
-    records = _csv_records(text, source)
-    header = records[0][1] if records else []
-    repeated = [c for c in header if header.count(c) > 1]
-    if repeated:
-        where, name = f"line {records[0][0]}", _short(repeated[0], 30)
-        raise ValueError(f"{source}: {where}: duplicate column {name}. Give each column its own name")
-    for line, fields in records:
-        if len(fields) != len(header):
-            why = f"expected {len(header)} fields, found {len(fields)}"
-            raise ValueError(f"{source}: line {line} does not parse as CSV ({why}). {_QUOTE}")
-    return _Table("line", header, [(line, dict(zip(header, fields))) for line, fields in records[1:]])
-
-
 def _csv_records(text: io.TextIOBase, source: str) -> list[tuple[int, list[str]]]:
     "The records of a CSV file, each with the line on which it starts; blank lines are no records."
     limit = csv.field_size_limit(2**31 - 1)
@@ -349,6 +334,25 @@ def _csv_records(text: io.TextIOBase, source: str) -> list[tuple[int, list[str]]
 
 _QUOTE = "Quote fields that hold commas, quotes or line breaks"
 
+
+def _refuse_repeated(columns: list[str], source: str) -> None:
+    "Raises ValueError where two columns have the same name."
+    repeated = [c for c in columns if columns.count(c) > 1]
+    if repeated:
+        raise ValueError(f"{source}: duplicate column {_short(repeated[0], 30)}. Give each column its own name")
+
+# %% ../nbs/01_preferences.ipynb #d6614f23
+def _csv_table(text: io.TextIOBase, source: str) -> _Table:
+    "The rows of a CSV file with a header; the place of a row is the line on which it starts."
+    records = _csv_records(text, source)
+    header = records[0][1] if records else []
+    _refuse_repeated(header, source)
+    for line, fields in records:
+        if len(fields) != len(header):
+            why = f"expected {len(header)} fields, found {len(fields)}"
+            raise ValueError(f"{source}: line {line} does not parse as CSV ({why}). {_QUOTE}")
+    return _Table("line", header, [(line, dict(zip(header, fields))) for line, fields in records[1:]])
+
 # %% ../nbs/01_preferences.ipynb #af1f9cb3
 def _parquet_table(stream: BinaryIO, source: str) -> _Table:
     "The rows of a Parquet file, with only the columns that a layout uses."
@@ -359,14 +363,12 @@ def _parquet_table(stream: BinaryIO, source: str) -> _Table:
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(stream.read()))
         columns = file.schema_arrow.names
-        repeated = [c for c in columns if columns.count(c) > 1]
-        if repeated:
-            raise ValueError(f"duplicate column {_short(repeated[0], 30)}")
         batches = file.iter_batches(columns=[c for c in columns if c in used])
         rows = [row for batch in batches for row in batch.to_pylist()]
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{source}: truncated or damaged Parquet ({why}). Copy or write it again") from None
+    _refuse_repeated(columns, source)
     return _Table("row", columns, list(enumerate(rows, 1)))
 
 # %% ../nbs/01_preferences.ipynb #da0b91d1
@@ -462,10 +464,13 @@ def shuffle_sides(
     return type(comparisons).from_dict(columns, features=comparisons.features)
 
 # %% ../nbs/01_preferences.ipynb #4a4a1097
+TOKEN_COUNTS = ("n_tokens_prompt", "n_tokens_a", "n_tokens_b")  # columns with the lengths of the three texts
+
+
 def count_tokens(
     comparisons: Dataset,  # comparisons in the one schema, at least one
     tokenizer: Any,  # a transformers tokenizer
-) -> Dataset:  # the same rows, with the columns n_tokens_prompt, n_tokens_a, n_tokens_b
+) -> Dataset:  # the same rows, with the columns TOKEN_COUNTS
     """Comparisons with the length of each text in tokens, special tokens not counted.
 
     Raises: ValueError for an empty set.
@@ -474,14 +479,27 @@ def count_tokens(
         raise bad_argument("count_tokens", "comparisons", "at least one row", "none", "look at the last filter's report")
 
     def count(batch: dict[str, list[str]]) -> dict[str, list[int]]:
-        texts = [text for column in COLUMNS[:3] for text in batch[column]]
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        n, lengths = len(batch["prompt"]), [len(i) for i in ids]
-        return {"n_tokens_prompt": lengths[:n], "n_tokens_a": lengths[n : 2 * n], "n_tokens_b": lengths[2 * n :]}
+        ids = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return {"n_tokens": [len(i) for i in ids]}
 
-    return comparisons.map(count, batched=True, desc="Counting tokens")
+    columns = {name: comparisons[text][:] for name, text in zip(TOKEN_COUNTS, COLUMNS)}
+    texts = type(comparisons).from_dict({"text": list(dict.fromkeys(t for column in columns.values() for t in column))})
+    n_tokens = dict(zip(texts["text"][:], texts.map(count, batched=True, desc="Counting tokens")["n_tokens"][:]))
+    counted = comparisons.remove_columns([name for name in TOKEN_COUNTS if name in comparisons.column_names])
+    for name, column in columns.items():
+        counted = counted.add_column(name, [n_tokens[text] for text in column])
+    return counted
 
 # %% ../nbs/01_preferences.ipynb #198b0a65
+def _counted(comparisons: Dataset, tokenizer: Any, function: str) -> Dataset:
+    "Comparisons with token counts, counting only where that has not been done."
+    if "n_tokens_a" in comparisons.column_names:
+        return comparisons
+    if tokenizer is None:
+        raise bad_argument(function, "tokenizer", "given", None, "pass a tokenizer, or call count_tokens first")
+    return count_tokens(comparisons, tokenizer)
+
+# %% ../nbs/01_preferences.ipynb #7e62abc1
 def filter_long(
     comparisons: Dataset,  # comparisons in the one schema, at least one
     tokenizer: Any = None,  # a transformers tokenizer; not needed where `count_tokens` has been here before
@@ -497,7 +515,7 @@ def filter_long(
         if limit < 1:
             raise bad_argument("filter_long", name, "at least 1 token", limit, "raise it")
     counted = _counted(comparisons, tokenizer, "filter_long")
-    columns = counted.select_columns(["n_tokens_prompt", "n_tokens_a", "n_tokens_b"]).to_dict()
+    columns = counted.select_columns(list(TOKEN_COUNTS)).to_dict()
     kept, dropped = [], {}
     for i, (prompt, a, b) in enumerate(zip(*columns.values())):
         if prompt > max_prompt_tokens:
@@ -510,15 +528,6 @@ def filter_long(
     if not kept:
         raise ValueError(f"{report}; nothing is left: raise the limits")
     return counted.select(kept), report
-
-
-def _counted(comparisons: Dataset, tokenizer: Any, function: str) -> Dataset:
-    "Comparisons with token counts, counting only where that has not been done."
-    if "n_tokens_a" in comparisons.column_names:
-        return comparisons
-    if tokenizer is None:
-        raise bad_argument(function, "tokenizer", "given", None, "pass a tokenizer, or call count_tokens first")
-    return count_tokens(comparisons, tokenizer)
 
 # %% ../nbs/01_preferences.ipynb #1ab5bae7
 def split_by_prompt(
@@ -533,14 +542,15 @@ def split_by_prompt(
     """
     if not 0 < valid_fraction < 1:
         raise bad_argument("split_by_prompt", "valid_fraction", "between 0 and 1", valid_fraction, "try 0.1")
-    prompts = sorted(set(comparisons["prompt"]))
+    prompt_of_row = comparisons["prompt"][:]
+    prompts = sorted(set(prompt_of_row))
     if len(prompts) < 2:
         raise bad_argument("split_by_prompt", "comparisons", "of at least 2 prompts", len(prompts), "give more data")
     n_valid = min(max(round(valid_fraction * len(prompts)), 1), len(prompts) - 1)
     valid_prompts = set(random.Random(seed).sample(prompts, n_valid))
-    is_valid = [prompt in valid_prompts for prompt in comparisons["prompt"]]
-    rows = range(len(comparisons))
-    return comparisons.select([i for i in rows if not is_valid[i]]), comparisons.select([i for i in rows if is_valid[i]])
+    train = [i for i, prompt in enumerate(prompt_of_row) if prompt not in valid_prompts]
+    valid = [i for i, prompt in enumerate(prompt_of_row) if prompt in valid_prompts]
+    return comparisons.select(train), comparisons.select(valid)
 
 # %% ../nbs/01_preferences.ipynb #9d8dff0d
 def sort_longest_first(
@@ -552,6 +562,6 @@ def sort_longest_first(
     Raises: ValueError when token counts are missing and there is no tokenizer.
     """
     counted = _counted(comparisons, tokenizer, "sort_longest_first")
-    columns = counted.select_columns(["n_tokens_prompt", "n_tokens_a", "n_tokens_b"]).to_dict()
+    columns = counted.select_columns(list(TOKEN_COUNTS)).to_dict()
     longest = [prompt + max(a, b) for prompt, a, b in zip(*columns.values())]
     return counted.select(sorted(range(len(longest)), key=lambda i: -longest[i]))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'ensure_pad_token', 'head_name', 'new_reward_model',
            'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'RewardTrainer',
-           'with_length', 'train_reward_model']
+           'with_length', 'train_reward_model', 'reward_accuracy', 'reward_log_loss', 'accuracy_interval',
+           'evaluate_rewards', 'save_reward_model']
 
 # %% ../nbs/04_reward_model.ipynb #bb1cc561
 import math
@@ -25,7 +26,7 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, PreTra
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .checks import bad_argument
-from .padding import PairCollator, encode_conversations, pad_batch, tokenize_pairs
+from .padding import LABELS, PairCollator, encode_conversations, pad_batch, tokenize_pairs
 
 # %% ../nbs/04_reward_model.ipynb #c71aac35
 def last_token_index(
@@ -222,3 +223,76 @@ def train_reward_model(
                                 data_collator=PairCollator(tokenizer.pad_token_id))
         trainer.train()
     return adapted.eval(), [entry for entry in trainer.state.log_history if "loss" in entry]
+
+# %% ../nbs/04_reward_model.ipynb #28d58ca8
+def reward_accuracy(
+    margins: Tensor, # score of a minus score of b, (B,) float
+    labels: Tensor, # 0 where a won, 1 where b won, 2 for a tie, (B,) long
+) -> float: # in [0, 1], NaN where all are ties
+    "The share of decided comparisons whose winner has the higher score; equal scores count one half."
+    decided = labels != 2
+    sign = torch.where(labels == 0, margins, -margins)[decided].sign()
+    return float((0.5 + 0.5 * sign.double()).mean())
+
+# %% ../nbs/04_reward_model.ipynb #903b9487
+def reward_log_loss(
+    margins: Tensor, # score of a minus score of b, (B,) float
+    labels: Tensor, # 0 where a won, 1 where b won, 2 for a tie, (B,) long
+) -> float: # nats, NaN where all are ties
+    "The mean cross-entropy of the decided comparisons; log 2 for a model that knows nothing."
+    decided = labels != 2
+    return float(bradley_terry_loss(margins[decided].double(), torch.zeros_like(margins[decided], dtype=torch.double), labels[decided]))
+
+# %% ../nbs/04_reward_model.ipynb #f780bd4e
+def accuracy_interval(
+    margins: Tensor, # score of a minus score of b, (B,) float
+    labels: Tensor, # 0 where a won, 1 where b won, 2 for a tie, (B,) long
+    prompts: Sequence[str], # B texts; comparisons of one prompt stay together
+    n_resamples: int = 2000, # bootstrap samples
+    seed: int = 0, # the same seed gives the same interval
+) -> tuple[float, float]: # 95% interval of the accuracy
+    """The percentile bootstrap interval of the accuracy, resampling whole prompts.
+
+    Source: Efron and Tibshirani (1993), An introduction to the bootstrap, chapter 13.
+    """
+    groups = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    group = torch.tensor([groups[prompt] for prompt in prompts])
+    decided = (labels != 2).double()
+    right = (0.5 + 0.5 * torch.where(labels == 0, margins, -margins).sign().double()) * decided
+    right, n = (torch.zeros(len(groups), dtype=torch.double).index_add(0, group, x) for x in (right, decided))
+    picks = torch.randint(len(groups), (n_resamples, len(groups)), generator=torch.Generator().manual_seed(seed))
+    accuracies = right[picks].sum(1) / n[picks].sum(1)
+    low, high = torch.nanquantile(accuracies, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
+
+# %% ../nbs/04_reward_model.ipynb #5c771db6
+def evaluate_rewards(
+    model: PreTrainedModel, # a reward model
+    tokenizer: PreTrainedTokenizerBase, # its tokenizer
+    comparisons: Dataset, # in the one schema, not seen in training
+    seed: int = 0, # of the interval
+) -> tuple[dict[str, float | list[float]], Tensor]: # metrics, null where all are ties; and the margins, (B,) float
+    "Accuracy with its interval and log-loss of a reward model, beside two guesses that need no model."
+    rows = comparisons.select_columns(["prompt", "response_a", "response_b", "winner"]).to_dict()
+    labels = torch.tensor([LABELS[winner] for winner in rows["winner"]])
+    scores = score_responses(model, tokenizer, rows["prompt"] * 2, rows["response_a"] + rows["response_b"])
+    margins = scores[:len(labels)] - scores[len(labels):]
+    longer = torch.tensor([float(len(a) - len(b)) for a, b in zip(rows["response_a"], rows["response_b"])])
+    metrics = {"accuracy": reward_accuracy(margins, labels), "log_loss": reward_log_loss(margins, labels),
+               "accuracy_ci95": list(accuracy_interval(margins, labels, rows["prompt"], seed=seed)),
+               "longer_response_accuracy": reward_accuracy(longer, labels),
+               "always_b_accuracy": reward_accuracy(-torch.ones_like(margins), labels)}
+    return (metrics if (labels != 2).any() else dict.fromkeys(metrics)), margins
+
+# %% ../nbs/04_reward_model.ipynb #4678e0a0
+def save_reward_model(
+    model: PeftModel, # from `train_reward_model`; its adapters are merged and gone afterwards
+    tokenizer: PreTrainedTokenizerBase, # saved beside the merged model
+    folder: str | Path, # gets the folders `adapter` and `merged`
+) -> PreTrainedModel: # the merged model
+    "Saves the adapter, and the merged model for `AutoModelForSequenceClassification`."
+    model.save_pretrained(Path(folder) / "adapter")
+    merged = model.merge_and_unload()
+    merged.save_pretrained(Path(folder) / "merged")
+    tokenizer.save_pretrained(Path(folder) / "merged")
+    return merged

@@ -1,5 +1,6 @@
 """Files of comparisons that are damaged, foreign or dirty: one clear line, the right place, and no text changed."""
 
+import csv
 import gzip
 import json
 import os
@@ -143,22 +144,31 @@ REFUSED = {
     "truncated.parquet.gz": (gzip.compress(VALID_PARQUET)[:-20], "truncated or damaged gzip"),
     "not.parquet": (json_lines(GOOD), "starts with b'{\"pr', which is no JSON Lines"),
     # columns
-    "unknown.csv": ("question,answer\nq,a\n", "unknown columns: found 'question', 'answer'. The layouts known are comparisons ("),
+    "unknown.csv": ("question,answer\nq,a\n", "unknown columns: found 'question', 'answer'. The layouts known are"),
     "unknown.jsonl": (json_lines({"question": "q"}), "unknown columns: found 'question'."),
     "unknown.parquet": (parquet_bytes(pa.table({"question": ["q"]})), "unknown columns: found 'question'."),
     "objects.json": (json.dumps({"prompt": ["x"]}), "unknown columns: found 'prompt'."),
     "numbers.jsonl": ("1\n2\n", "unknown columns: found none."),
-    "duplicate.csv": ("prompt,prompt,response_a,response_b,winner\nx,x,x,y,a\n", "line 1: duplicate column 'prompt'"),
-    "duplicate.jsonl": (json_lines(GOOD) + b'{"prompt": "x", "prompt": "y"}\n', "line 2 does not parse as JSON (duplicate column 'prompt')"),
+    "duplicate.csv": ("prompt,prompt,response_a,response_b,winner\nx,x,x,y,a\n", "duplicate column 'prompt'. Give"),
+    "duplicate.jsonl": (
+        json_lines(GOOD) + b'{"prompt": "x", "prompt": "y"}\n',
+        "line 2 does not parse as JSON (duplicate column 'prompt')",
+    ),
     "duplicate.json": ('[{"winner": "x", "winner": "y"}]', "the list does not parse as JSON (duplicate column 'winner')"),
-    "duplicate.parquet": (DUPLICATE_PARQUET, "truncated or damaged Parquet (duplicate column 'prompt')"),
+    "duplicate.parquet": (DUPLICATE_PARQUET, "duplicate column 'prompt'. Give"),
     # nothing left
     "nothing_left.jsonl": (
         json_lines({**GOOD, "winner": None}, {**GOOD, "prompt": ""}),
         "kept 0 of 2 rows; dropped 2: null judgement 1 (line 1); empty prompt 1 (line 2); nothing is left",
     ),
-    "nothing_left.json": (json.dumps([{**ALPACA, "output_2": 1}]), "kept 0 of 1 rows; dropped 1: text is not a string 1 (item 1); nothing is left"),
-    "nothing_left.csv": (CSV_HEADER + "p,same,same,a\n", "kept 0 of 1 rows; dropped 1: identical responses 1 (line 2); nothing is left"),
+    "nothing_left.json": (
+        json.dumps([{**ALPACA, "output_2": 1}]),
+        "kept 0 of 1 rows; dropped 1: text is not a string 1 (item 1); nothing is left",
+    ),
+    "nothing_left.csv": (
+        CSV_HEADER + "p,same,same,a\n",
+        "kept 0 of 1 rows; dropped 1: identical responses 1 (line 2); nothing is left",
+    ),
 }
 
 
@@ -239,9 +249,8 @@ def test_bad_row_is_an_error_when_strict(tmp_path, case):
     row, column, found = DROPPED[case]
     path = put(tmp_path, "rows.jsonl", json_lines(GOOD) + b"\n" + json_lines(row, GOOD, row))
     place = "line 3" if column is None else f"line 3, column {column}"
-    assert refusal(path, strict=True).startswith(
-        f"{place}: {REASONS.get(case, case)}, found {found} (1 more would be dropped). Fix or remove it, or load without strict"
-    )
+    message = refusal(path, strict=True)
+    assert message.startswith(f"{place}: {REASONS.get(case, case)}, found {found} (1 more would be dropped). Fix or remove")
 
 
 def test_strict_passes_clean_files(tmp_path):
@@ -254,8 +263,9 @@ def test_strict_names_the_column_of_the_file_and_not_ours(tmp_path):
     assert refusal(path, strict=True).startswith("line 2, column output_2: empty response, found ''.")
 
 
-def test_long_values_are_shown_short(tmp_path):
-    path = put(tmp_path, "rows.jsonl", json_lines({**GOOD, "winner": "x" * 100_000}, GOOD))
+@pytest.mark.parametrize("winner", ["x" * 100_000, ["x"] * 100_000, {"x" * 100_000: "y"}], ids=["text", "list", "object"])
+def test_long_values_are_shown_short(tmp_path, winner):
+    path = put(tmp_path, "rows.jsonl", json_lines({**GOOD, "winner": winner}, GOOD))
     assert len(refusal(path, strict=True)) < 250
 
 
@@ -304,12 +314,12 @@ def test_parquet_of_odd_types(tmp_path):
             "response_a": pa.array(["x"] * 4, pa.large_string()),
             "response_b": pa.array(["y"] * 4),
             "winner": pa.array(["a", None, "b", "z"]).dictionary_encode(),
-            "when": pa.array([1, 2, 3, 4], pa.timestamp("ns")),  # a column of no concern, which Python cannot hold
+            "notes": pa.array([b"\xff"] * 4, pa.binary()).view(pa.string()),  # a column of no concern, which is no text
         }
     )
     comparisons, report = load_comparisons(put(tmp_path, "odd.parquet", parquet_bytes(table)), strict=False)
     assert comparisons["winner"][:] == ["a", "b"] and report.dropped == {"null judgement": [2], "unknown winner": [4]}
-    numbers = pa.table({**{c: ["x", "y"] for c in ("response_b", "winner")}, "prompt": [1, 2], "response_a": [b"x", b"y"]})
+    numbers = pa.table({"prompt": [1, 2], "response_a": [b"x", b"y"], "response_b": ["x", "y"], "winner": ["a", "b"]})
     assert "text is not a string 2 (rows 1, 2)" in refusal(put(tmp_path, "numbers.parquet", parquet_bytes(numbers)))
 
 
@@ -367,6 +377,20 @@ def test_odd_text_survives_every_format(tmp_path, kind, zipped, named):
     assert report.n_kept == len(rows)
 
 
+BODIES = {"lines": json_lines(GOOD), "list": json.dumps([GOOD]).encode(), "csv": (CSV_HEADER + CSV_GOOD).encode()}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("suffix", ["", ".txt", ".csv", ".jsonl"])
+def test_content_decides_and_a_byte_order_mark_is_no_text(tmp_path, body, suffix):
+    path = put(tmp_path, f"marked{suffix}", b"\xef\xbb\xbf" + BODIES[body])
+    if (body, suffix) == ("csv", ".jsonl"):
+        assert refusal(path).startswith("line 1, character 1 does not parse as JSON")
+    else:
+        comparisons, _ = load_comparisons(path, strict=True)
+        assert [{c: row[c] for c in GOOD} for row in comparisons] == [GOOD]
+
+
 def test_mixed_line_endings_count_as_an_editor_counts(tmp_path):
     lines = [json.dumps({**GOOD, "prompt": str(i), "winner": "a" if i != 3 else None}) for i in range(1, 7)]
     text = lines[0] + "\n" + lines[1] + "\r\n" + lines[2] + "\r" + "\r\n".join(lines[3:])
@@ -375,14 +399,12 @@ def test_mixed_line_endings_count_as_an_editor_counts(tmp_path):
 
 
 def test_a_field_over_the_csv_limit_and_the_limit_left_alone(tmp_path):
-    import csv
-
-    before = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     path = put(tmp_path, "long.csv", CSV_HEADER + "p," + "x" * 300_000 + ",y,a\n")
     assert len(load_comparisons(path)[0][0]["response_a"]) == 300_000
     put(tmp_path, "broken.csv", CSV_HEADER + '"p,x,y,a\n')
     refusal(tmp_path / "broken.csv")
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == 131_072
 
 
 def test_files_are_closed(tmp_path):

@@ -1,4 +1,4 @@
-"""Write what is generated from the notebooks: badges, the package, and the notebooks themselves, cleaned.
+"""Write what is generated from the notebooks: badges, the package, the notebooks cleaned, and the learner's notebooks.
 
     python tools/export.py                  everything
     python tools/export.py nbs/NAME.ipynb   one notebook and its module
@@ -8,6 +8,7 @@ import os
 import sys
 
 from badges import write_header
+from exercises import write_exercises
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
 from notebooks import ROOT, notebook_paths, settings
@@ -22,6 +23,7 @@ def main(names: list[str]) -> None:
     for path in paths if names else [settings()["nbs_path"]]:
         nbdev_export.__wrapped__(path=str(path))
         nbdev_clean.__wrapped__(fname=str(path))
+    write_exercises(paths)
 
 
 if __name__ == "__main__":
