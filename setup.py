@@ -31,8 +31,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=[name, f"{name}.*"]),
-    package_data={name: ["data/**", "exercises/**"]},
+    # exercises/ stands beside the package in the repository, and inside it once installed.
+    packages=[*find_packages(include=[name, f"{name}.*"]), f"{name}.exercises"],
+    package_dir={f"{name}.exercises": "exercises"},
+    package_data={name: ["data/**"], f"{name}.exercises": ["*.ipynb"]},
     include_package_data=False,
     zip_safe=False,
     install_requires=cfg["requirements"].split(),

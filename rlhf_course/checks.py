@@ -270,7 +270,7 @@ def _array_difference(expected: object, got: object, rtol: float, atol: float) -
         return ""
     index = tuple(int(i) for i in np.argwhere(~same)[0])
     place = f"at {list(index)} " if index else ""
-    return f"{place}expected {expected[index]:.6g}, got {got[index]:.6g}"
+    return place + _expected_got(expected[index], got[index])
 
 
 def _number_difference(expected: object, got: object, rtol: float, atol: float) -> str:
@@ -281,7 +281,13 @@ def _number_difference(expected: object, got: object, rtol: float, atol: float) 
     if isinstance(got, bool) or not isinstance(got, numbers.Integral if whole else numbers.Real):
         return f"expected {_kind(expected)}, got {_kind(got)}"
     same = got == expected if whole else math.isclose(got, expected, rel_tol=rtol, abs_tol=atol)
-    return "" if same or got != got and expected != expected else f"expected {expected:.6g}, got {got:.6g}"
+    return "" if same or got != got and expected != expected else _expected_got(expected, got)
+
+
+def _expected_got(expected: numbers.Number, got: numbers.Number) -> str:
+    "Two numbers that differ, in words."
+    why = " (it comes of 0/0, inf/inf, inf-inf or 0 times inf)" if got != got else ""
+    return f"expected {expected:.6g}, got {got:.6g}{why}"
 
 # %% ../nbs/91_checks.ipynb #26eee7f4
 def _difference(expected: object, got: object, rtol: float, atol: float) -> str:
@@ -289,6 +295,8 @@ def _difference(expected: object, got: object, rtol: float, atol: float) -> str:
 
     A list may stand for a tuple and a numpy number for a Python one; else the kind must be the same.
     """
+    if got is None and expected is not None:
+        return f"expected {_kind(expected)}, got None: is a `return` missing?"
     if is_dataclass(expected) and type(expected) is type(got):
         expected, got = vars(expected), vars(got)
     if isinstance(expected, Mapping) and isinstance(got, Mapping):
@@ -304,7 +312,7 @@ def _difference(expected: object, got: object, rtol: float, atol: float) -> str:
     elif hasattr(expected, "shape") and _is_tensor(expected) == _is_tensor(got) and hasattr(got, "shape"):
         return _array_difference(expected, got, rtol, atol)
     elif type(expected) is not type(got):
-        return f"expected {_kind(expected)}, got {_kind(got)}" + (": is a `return` missing?" if got is None else "")
+        return f"expected {_kind(expected)}, got {_kind(got)}"
     else:
         return "" if expected == got else f"expected {expected!r}, got {got!r}"
     differences = (place + text for place, *pair in parts if (text := _difference(*pair, rtol, atol)))
@@ -393,7 +401,7 @@ class CheckResult:
 def _short(value: object, longest: int = 120) -> str:
     "A value on one line; a large array as its shape."
     text = " ".join(repr(value).split())
-    text = re.sub(r"([\[(]) | (?=[\])])", r"\1", text)
+    text = re.sub(r"([\[(]) +| +(?=[\]),])", r"\1", text)
     return text if len(text) <= longest else _kind(value) if hasattr(value, "shape") else f"{text[:longest - 3]}..."
 
 
@@ -410,7 +418,7 @@ def _where(fn: Callable, error: Exception) -> str:
 
 # %% ../nbs/91_checks.ipynb #3300fd0c
 def _loosely(outcome: _Outcome) -> _Outcome:
-    "The outcome with all numbers as float64 arrays and without gradients, for recognising a mistake behind a wrong dtype."
+    "The outcome with all numbers as float64 arrays and without gradients."
     def convert(value: object) -> object:
         if isinstance(value, Mapping):
             return {key: convert(item) for key, item in value.items()}
@@ -423,19 +431,37 @@ def _loosely(outcome: _Outcome) -> _Outcome:
     return replace(outcome, value=convert(outcome.value), gradients=None)
 
 
-def _recognise(expected: list[_Outcome], got: list[_Outcome], wrong: Iterable[tuple[str, list[_Outcome]]],
-               rtol: float, atol: float) -> str | None:
-    "The known mistake whose outcomes are the learner's on every probe; None where there is none."
-    def alike(these: list[_Outcome], those: list[_Outcome]) -> bool:
-        return not any(_outcome_difference(a, b, rtol, atol) for a, b in zip(these, those))
-    wrong = [(mistake, outcomes) for mistake, outcomes in wrong if not all(outcome.error for outcome in outcomes)]
-    exact = [mistake for mistake, outcomes in wrong if alike(outcomes, got)]
-    got = [_loosely(outcome) for outcome in got]
-    if exact or alike([_loosely(outcome) for outcome in expected], got):
-        return exact[0] if exact else None
-    return next((mistake for mistake, outcomes in wrong if alike([_loosely(o) for o in outcomes], got)), None)
+def _finite(value: object) -> bool:
+    "Whether a result of `_loosely` holds neither nan nor infinity."
+    import numpy as np
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    if isinstance(value, tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, np.ndarray) or value.dtype.kind != "f" or bool(np.isfinite(value).all())
 
 # %% ../nbs/91_checks.ipynb #abaaf65d
+def _recognise(expected: list[_Outcome], got: list[_Outcome], wrong: list[tuple[str, list[_Outcome]]],
+               rtol: float, atol: float) -> str | None:
+    "The known mistake whose outcomes are the learner's; None where there is none, or more than one."
+    def alike(these: list[_Outcome], those: list[_Outcome]) -> bool:
+        return not any(_outcome_difference(a, b, rtol, atol) for a, b in zip(these, those))
+    exact = [mistake for mistake, outcomes in wrong if alike(outcomes, got)]
+    if exact:
+        return exact[0]
+    loose = list(map(_loosely, got))
+    sound = [i for i, outcome in enumerate(loose) if not outcome.error and _finite(outcome.value)]
+    for kept in (range(len(got)), sound if 2 * len(sound) > len(got) else ()):
+        def view(outcomes: list[_Outcome]) -> list[_Outcome]:
+            return [_loosely(outcomes[i]) for i in kept]
+        if not kept or alike(view(expected), view(got)):
+            return None
+        found = {mistake for mistake, outcomes in wrong if alike(view(outcomes), view(got))}
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
+
+# %% ../nbs/91_checks.ipynb #22ee6d1f
 def _is_stub(error: Exception | None, name: str) -> bool:
     "Whether an error says that the exercise has not been written yet; torch raises NotImplementedError for other reasons."
     return isinstance(error, NotImplementedError) and (not str(error) or str(error).startswith(f"Exercise {name}"))
@@ -459,7 +485,7 @@ def _judge(fn: Callable, exercise: object) -> CheckResult:
     if any(_is_stub(outcome.error, name) for outcome in got):
         return CheckResult(name, False, f"{name}: not written yet. Replace the line that raises NotImplementedError, "
                            f"then run this again; {n_probes} probes are waiting.", None, n_probes)
-    wrong = ((mistake, outcomes(function)) for mistake, function in exercise.wrong)
+    wrong = [(mistake, outcomes(function)) for mistake, function in exercise.wrong]
     mistake = _recognise(expected, got, wrong, *tolerance)
     first = next(i for i, difference in enumerate(differences) if difference)
     said = mistake or (f"First at {_show_call(name, probes[first])}: " + " ".join(differences[first].split())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RewardFn', 'PolicyWithValue', 'shape_rewards', 'RLHFConfig', 'Rollout', 'score_rollout', 'evaluate_tokens',
-           'collect_rollout', 'rollout_advantages', 'update_policy', 'rollout_stats', 'train_rlhf']
+           'collect_rollout', 'rollout_advantages', 'minibatches', 'update_policy', 'rollout_stats', 'train_rlhf']
 
 # %% ../nbs/06_rlhf.ipynb #daceae23
 import contextlib
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import bad_argument
-from .policy_gradient import compute_gae, masked_mean
+from .policy_gradient import compute_gae
 from .ppo import explained_variance, normalize_advantages, ppo_loss
 from .tiny_lm import encode_prompts, position_ids, response_logprobs, sample_responses
 
@@ -211,6 +211,17 @@ def rollout_advantages(
     return normalize_advantages(advantages, mask), returns
 
 # %% ../nbs/06_rlhf.ipynb #0c5578bd
+def minibatches(
+    n_tokens: Tensor, # length of each response, (B,) long
+    size: int, # responses in a minibatch
+    generator: torch.Generator, # which responses of equal length go together, and the order of the minibatches
+) -> list[Tensor]: # rows of each minibatch, (size,) long; together all rows once
+    "A random partition of the rows into minibatches of similar length, in random order."
+    shuffled = torch.randperm(len(n_tokens), generator=generator)
+    groups = shuffled[n_tokens.cpu()[shuffled].argsort(stable=True)].split(size)
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator)]
+
+# %% ../nbs/06_rlhf.ipynb #9b3a7a1b
 def update_policy(
     policy: PolicyWithValue, # trained in place
     optimizer: torch.optim.Optimizer, # of its parameters
@@ -222,7 +233,7 @@ def update_policy(
     advantages, returns = rollout_advantages(rollout, config)
     parameters, steps = [p for p in policy.parameters() if p.requires_grad], []
     for _ in range(config.n_epochs):
-        for rows in torch.randperm(len(rollout.input_ids), generator=generator).split(config.minibatch_size):
+        for rows in minibatches(rollout.mask.sum(0), config.minibatch_size, generator):
             n_tokens = int(rollout.mask[:, rows].any(1).sum()) # leave out columns that are padding in all of these rows
             keep = rollout.input_ids.shape[1] - len(rollout.mask) + n_tokens
             picked = lambda x: x[:n_tokens, rows]

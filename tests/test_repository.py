@@ -186,10 +186,12 @@ def test_wheel_has_the_version_and_the_names_of_settings(wheel):
 
 
 def test_wheel_carries_modules_and_data_and_nothing_else(wheel):
-    """Every file of the package's folder is in the wheel, and no file from outside it."""
+    """The files of the package's folder are in the wheel, the exercises inside the package, and nothing else."""
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert inside == {path.as_posix() for path in tree_files() if path.parts[0] == PACKAGE}
+    expected = {path.as_posix() for path in tree_files() if path.parts[0] == PACKAGE}
+    expected |= {f"{PACKAGE}/{path.as_posix()}" for path in tree_files() if path.parts[0] == "exercises"}
+    assert inside == expected
 
 
 def runtime_distributions(wheel: Path) -> dict[str, metadata.Distribution]:

@@ -1,0 +1,406 @@
+"""Exercises: the bank can tell right from wrong, the checks cannot be fooled, the learner's notebooks are as generated."""
+
+import ast
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, copy_tree
+from nbclient.exceptions import CellExecutionError
+
+from exercises import FOLDER, exercise_function, exercise_names, learner_text, stub_source
+from lessons import RunUnflagged
+from notebooks import cell_flags, notebook_paths, read_notebook
+from rlhf_course.checks import FAILED_CHECKS, HINT_AFTER, check, exercise_folder, find_hint, use_solution
+from rlhf_course.doctor import copy_lessons
+from rlhf_course.exercise_bank import EXERCISES
+
+LESSONS = [path for path in notebook_paths() if exercise_names(read_notebook(path))]
+CELLS = {exercise_function(cell.source).name: (path, nb, index) for path in LESSONS for nb in [read_notebook(path)]
+         for index, cell in enumerate(nb.cells) if "exercise" in cell_flags(cell)}  # fmt: skip
+MISTAKES = [(name, mistake, wrong) for name, exercise in EXERCISES.items() for mistake, wrong in exercise.wrong]
+SENTENCES = re.compile(r"[A-Z].*[.]")
+
+each_exercise = pytest.mark.parametrize("name", EXERCISES)
+each_mistake = pytest.mark.parametrize(("name", "mistake", "wrong"), MISTAKES, ids=lambda value: str(value)[:40])
+each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def fresh_session():
+    """No failed check is remembered from another test."""
+    FAILED_CHECKS.clear()
+
+
+def named(name, function):
+    """`function` under the name that the exercise asks for, as a function of its own."""
+
+    def stand_in(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    stand_in.__name__ = name
+    return stand_in
+
+
+# Right answers, written in another way than the solution: plain loops and other formulas.
+
+
+def rao_kupper_by_rows(margins, tie_margin=0.0):
+    """Numbers one at a time; the tie by its closed form (theta^2 - 1) P(a) P(b)."""
+    rows = []
+    for d in np.asarray(margins).tolist():
+        a, b = (0.5 * (1 + math.tanh((sign * d - tie_margin) / 2)) for sign in (1, -1))
+        rows.append([a, b, (math.exp(tie_margin) ** 2 - 1) * a * b])
+    return np.array(rows)
+
+
+def bayes_accuracy_by_rows(probabilities):
+    """A running sum."""
+    right = decided = 0.0
+    for a, b, _ in probabilities:
+        right, decided = right + (a if a > b else b), decided + a + b
+    return right / decided
+
+
+def bayes_log_loss_by_rows(probabilities):
+    """Sum of p log(p / q) over sides that can win."""
+    total = sum(p * math.log((a + b) / p) for a, b, _ in probabilities for p in (a, b) if p > 0)
+    return total / sum(a + b for a, b, _ in probabilities)
+
+
+def token_logprobs_by_rows(logits, input_ids, temperature=1.0):
+    """One token at a time."""
+    return torch.stack([torch.stack([logits[b, t - 1, input_ids[b, t]] / temperature - (logits[b, t - 1] / temperature).logsumexp(0)
+                                     for t in range(1, input_ids.shape[1])]) for b in range(len(input_ids))])  # fmt: skip
+
+
+def position_ids_by_rows(attention_mask):
+    """A counter; pads after the last token get 0."""
+    positions = torch.zeros(attention_mask.shape, dtype=torch.long)
+    for b, row in enumerate(attention_mask):
+        first = int(row.long().argmax())
+        for t in range(first, len(row)):
+            positions[b, t] = t - first if row[t] else 0
+    return positions
+
+
+ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accuracy_by_rows, "bayes_log_loss": bayes_log_loss_by_rows,
+               "token_logprobs": token_logprobs_by_rows, "position_ids": position_ids_by_rows}  # fmt: skip
+
+
+# The bank.
+
+
+def test_bank_and_lessons_hold_the_same_exercises():
+    """Every flagged function has an entry, and every entry a flagged function in the module it names."""
+    modules = {name: f"rlhf_course.{re.sub(r'^[0-9]+[a-z]?_', '', path.stem)}:{name}" for name, (path, _, _) in CELLS.items()}
+    assert modules == {name: exercise.solution for name, exercise in EXERCISES.items()}
+    assert len(CELLS) >= 3
+
+
+@each_exercise
+def test_right_answers_pass(name):
+    """The solution, and a right answer that shares no code with it."""
+    exercise = EXERCISES[name]
+    for function in (exercise.load(), named(name, ANOTHER_WAY[name])):
+        result = check(function)
+        assert result.passed and result.mistake is None, result
+        assert result.n_probes == len(exercise.probes()) >= 3 and f"all {result.n_probes} probes" in result.message
+
+
+@each_mistake
+def test_wrong_answers_are_named(name, mistake, wrong):
+    """Each is rejected, with its own sentence and not another's, in one line."""
+    result = check(named(name, wrong))
+    assert not result.passed and result.mistake == mistake
+    assert mistake in result.message and "\n" not in result.message
+    assert SENTENCES.fullmatch(mistake)
+
+
+@each_exercise
+def test_bank_entry_is_sound(name):
+    """At least three different mistakes; the same probes each time; no probe is there twice."""
+    exercise = EXERCISES[name]
+    assert len({mistake for mistake, _ in exercise.wrong}) >= 3
+    probes = [repr(probe) for probe in exercise.probes()]
+    assert probes == [repr(probe) for probe in exercise.probes()] and len(set(probes)) == len(probes)
+
+
+# The learner's page.
+
+
+@each_exercise
+def test_exercise_is_laid_out_as_agreed(name):
+    """Markdown with a title, a time and a folded hint before it; the check right below it."""
+    path, nb, index = CELLS[name]
+    above, below = nb.cells[index - 1], nb.cells[index + 1]
+    assert above.cell_type == "markdown" and above.source.startswith("### Exercise: "), path
+    assert re.search(r"\n\nAbout \d+ minutes\. ", above.source) and name in above.source, path
+    assert above.source.count("<details><summary>Hint</summary>") == above.source.count("</details>") == 1, path
+    assert below.cell_type == "code" and below.source == f"check({name})", path
+    shown = ["".join(output.data["text/plain"]) for output in below.outputs]
+    assert shown == [check(EXERCISES[name].load()).message], f"run `make lessons NB=nbs/{path.name}`"
+    assert find_hint(name) and find_hint(name) in " ".join(above.source.split())
+
+
+@each_exercise
+def test_stub_fails_kindly(name):
+    """It compiles with the signature and docstring of the solution, nothing else of it, and is not counted as a failure."""
+    path, nb, index = CELLS[name]
+    solution = EXERCISES[name].load()
+    space = dict(vars(sys.modules[solution.__module__]))
+    [stub] = [cell.source for cell in json_cells(FOLDER / path.name) if f"def {name}(" in cell.source]
+    exec(stub, space)
+    written = space[name]
+    assert written.__doc__ == solution.__doc__ and written.__annotations__ == solution.__annotations__
+    assert [type(node) for node in ast.parse(stub).body[0].body] == [ast.Expr, ast.Raise]
+    with pytest.raises(NotImplementedError, match=rf"Exercise {name}: "):
+        written(*EXERCISES[name].probes()[0][0])
+    for _ in range(HINT_AFTER + 1):
+        result = check(written)
+    assert not result.passed and result.mistake is None and "not written yet" in result.message
+    assert "\n" not in result.message and FAILED_CHECKS[name] == 0
+
+
+def json_cells(path):
+    """The cells of a notebook."""
+    return read_notebook(path).cells
+
+
+def test_stub_keeps_decorators_and_refuses_what_it_cannot_blank():
+    """A body that would survive, or a cell with a second definition, is an error and not a leak."""
+    source = '@torch.no_grad()\ndef f(\n    x: int, # a number\n) -> int: # another\n    """One.\n\n    Two."""\n    # secret\n    return x\n'
+    assert stub_source(source).startswith(source[: source.index("    # secret")]) and "secret" not in stub_source(source)
+    for bad in ('def f(x): "Doc."; return x', "def f(x):\n    return x", "a = 1", 'def f():\n    "Doc."\ndef g():\n    "Doc."',
+                'def f(x):\n    "Doc."; return x'):
+        with pytest.raises(ValueError):
+            stub_source(bad)
+
+
+# The checks cannot be fooled.
+
+
+def failed(name, function):
+    """The message of a check that should fail, and name no mistake of the bank."""
+    result = check(named(name, function))
+    assert not result.passed and result.mistake is None, result
+    return result.message
+
+
+def test_changed_input_is_noticed():
+    """The values are right, and the learner's caller would be surprised."""
+
+    def in_place(logits, input_ids, temperature=1.0):
+        logits /= temperature
+        return token_logprobs_by_rows(logits, input_ids)
+
+    assert "changed `logits` in place" in failed("token_logprobs", in_place)
+
+
+def test_right_values_of_the_wrong_kind_are_told_apart():
+    """List for array, float32 for float64, float for long, tensor for number, shape with a 1 in it."""
+    right = {name: EXERCISES[name].load() for name in EXERCISES}
+    cases = [("rao_kupper", lambda *args: right["rao_kupper"](*args).tolist(), "numpy array"),
+             ("rao_kupper", lambda *args: right["rao_kupper"](*args).astype(np.float32), "dtype float64"),
+             ("rao_kupper", lambda *args: right["rao_kupper"](*args)[None], "shape (3, 3), got (1, 3, 3)"),
+             ("bayes_accuracy", lambda *args: torch.tensor(right["bayes_accuracy"](*args)), ".item()"),
+             ("bayes_accuracy", lambda *args: print(end=""), "`return` missing"),
+             ("position_ids", lambda *args: right["position_ids"](*args).float(), "dtype torch.int64"),
+             ("token_logprobs", lambda *args: right["token_logprobs"](*args).double(), "dtype torch.float32")]  # fmt: skip
+    for name, function, said in cases:
+        assert said in failed(name, function)
+
+
+def test_mistake_is_named_behind_a_wrong_kind():
+    """The swapped columns of rao_kupper, as lists."""
+    mistake, wrong = EXERCISES["rao_kupper"].wrong[0]
+    assert check(named("rao_kupper", lambda *args: wrong(*args).tolist())).mistake == mistake
+
+
+def test_mistake_is_named_beside_another():
+    """Swapped columns that also fail on a list or overflow; but not where little is left, or what is left fits two mistakes."""
+    mistake, wrong = EXERCISES["rao_kupper"].wrong[0]
+
+    def swapped_without_lists(margins, tie_margin=0.0):
+        return wrong(-(-margins), tie_margin)
+
+    def swapped_and_overflows(margins, tie_margin=0.0):
+        d = np.asarray(margins)
+        a, b = (np.exp(x) / (np.exp(x) + np.exp(tie_margin)) for x in (-d, d))
+        return np.stack([a, b, 1 - a - b], -1)
+
+    for function in (swapped_without_lists, swapped_and_overflows):
+        assert check(named("rao_kupper", function)).mistake == mistake
+    assert "got nan (it comes of" in failed("bayes_accuracy", lambda probabilities: math.nan)
+    no_ties = EXERCISES["rao_kupper"].wrong[1][1]
+    assert "raised ValueError" in failed("rao_kupper", lambda margins, tie_margin=0.0: no_ties(margins) if tie_margin == 0 else int("?"))
+
+
+def test_right_on_all_probes_but_one_is_wrong():
+    """A function that is right on all probes but one is wrong, whichever one it is."""
+    for name, exercise in EXERCISES.items():
+        for lucky in range(len(exercise.probes())):
+            calls = []
+
+            def almost(*args, exercise=exercise, lucky=lucky, calls=calls):
+                calls.append(1)
+                value = exercise.load()(*args)
+                return value + 1 if len(calls) - 1 == lucky * (1 + exercise.gradients) else value
+
+            result = check(named(name, almost))
+            assert not result.passed and f"wrong on 1 of {len(exercise.probes())} probes" in result.message
+
+
+def test_wrong_gradient_is_noticed():
+    """The values are right and half of the gradient is lost."""
+
+    def half(logits, input_ids, temperature=1.0):
+        right = token_logprobs_by_rows(logits, input_ids, temperature)
+        return 0.5 * right + 0.5 * right.detach()
+
+    assert "gradient with respect to logits" in failed("token_logprobs", half)
+    by_numpy = named("token_logprobs", lambda *args: torch.tensor(token_logprobs_by_rows(*args).numpy()))
+    assert "no gradient flows" in check(by_numpy).message
+
+
+def test_errors_are_reported_with_probe_and_line():
+    """Also NotImplementedError when it does not come from the stub."""
+
+    def divides(probabilities):
+        return 1 / 0
+
+    divides.__name__ = "bayes_accuracy"
+    message = check(divides).message
+    assert "ZeroDivisionError" in message and "`return 1 / 0`" in message and "probabilities=array(" in message
+
+    def unsupported(probabilities):
+        raise NotImplementedError("no kernel for this dtype")
+
+    assert "no kernel for this dtype" in failed("bayes_accuracy", unsupported)
+    assert "TypeError" in failed("bayes_accuracy", lambda: 0.5)
+
+
+def test_interrupt_goes_through():
+    """Ctrl-C in a learner's endless loop is not an answer."""
+
+    def interrupted(probabilities):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check(named("bayes_accuracy", interrupted))
+
+
+def test_hint_and_solution_unfold():
+    """The hint at the third failure, the solution when asked for, and a right answer starts the count again."""
+    wrong = named("bayes_accuracy", lambda probabilities: 0.0)
+    messages = [check(wrong).message for _ in range(HINT_AFTER + 1)]
+    hint = find_hint("bayes_accuracy")
+    assert [hint in message for message in messages] == [False, False, True, True]
+    assert not any("def bayes_accuracy" in message for message in messages)
+    assert "def bayes_accuracy" in check(wrong, show_solution=True).message
+    assert check(named("bayes_accuracy", bayes_accuracy_by_rows)).passed
+    assert hint not in check(wrong).message
+
+
+def test_use_solution_reaches_the_caller(capsys):
+    """The name in the namespace of the calling cell is the package's function."""
+    space = {"use_solution": use_solution, "__name__": "__main__"}
+    exec("def rao_kupper(margins): raise NotImplementedError\ndef later(): return rao_kupper([0.0])\nuse_solution('rao_kupper')", space)
+    assert space["rao_kupper"] is EXERCISES["rao_kupper"].load() and space["later"]().tolist() == [[0.5, 0.5, 0.0]]
+    assert "rao_kupper is now the course's own" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="one of the exercises"):
+        use_solution("no_such_exercise")
+
+
+def test_importing_checks_loads_neither_torch_nor_numpy():
+    """The command line uses them and answers at once."""
+    code = "import sys, rlhf_course.doctor; print(*{'torch', 'numpy', 'rlhf_course.exercise_bank'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+
+
+# The learner's notebooks.
+
+
+def test_learners_notebooks_are_up_to_date():
+    """Each is byte for byte what the lesson gives, twice; there is no other file."""
+    for path in LESSONS:
+        assert (FOLDER / path.name).read_bytes() == learner_text(path).encode() == learner_text(path).encode(), "run `make export`"
+    assert sorted(path.name for path in FOLDER.iterdir() if not path.name.startswith(".")) == sorted(path.name for path in LESSONS)
+    assert exercise_folder() == FOLDER
+
+
+@each_lesson
+def test_learners_notebook_is_the_lesson_without_its_answers(path):
+    """Same cells in order; no output from the first exercise on; no directive of nbdev; no line of a solution."""
+    lesson, learner = read_notebook(path), read_notebook(FOLDER / path.name)
+    ids = [cell.id for cell in learner.cells]
+    expected = [cell.id for cell in lesson.cells if cell.source.strip() != f"#| default_exp {re.sub('^[0-9]+[a-z]?_', '', path.stem)}"]
+    assert [one for one in ids if one != "your-copy"] == expected
+    names, sources = exercise_names(lesson), [cell.source for cell in learner.cells]
+    first = next(i for i, source in enumerate(sources) if "raise NotImplementedError" in source)
+    assert not any(cell.get("outputs") for cell in learner.cells[first:]) and any(cell.get("outputs") for cell in learner.cells[:first])
+    assert not any("#| export" in source or "#| exercise" in source or "#| default_exp" in source for source in sources)
+    assert sum("raise NotImplementedError(" in source for source in sources) == len(names)
+    kept = {line.strip() for cell in lesson.cells if "exercise" not in cell_flags(cell) for line in cell.source.split("\n")}
+    for cell in lesson.cells:
+        if "exercise" in cell_flags(cell):
+            body = exercise_function(cell.source).body[1:]
+            lines = {line.strip() for line in cell.source.split("\n")[body[0].lineno - 1 :]} - kept - {""}
+            assert lines and not [line for line in lines if any(line in source for source in sources)]
+
+
+def test_stale_learners_notebooks_are_replaced_and_removed(tmp_path):
+    """A touched copy is written anew, one without a lesson goes."""
+    copy = copy_tree(tmp_path)
+    name = LESSONS[0].name
+    (copy / "exercises" / name).write_text("{}", encoding="utf-8")
+    (copy / "exercises" / "77_gone.ipynb").write_text("{}", encoding="utf-8")
+    subprocess.run([sys.executable, "tools/exercises.py"], cwd=copy, check=True)
+    assert (copy / "exercises" / name).read_bytes() == (FOLDER / name).read_bytes()
+    assert not (copy / "exercises" / "77_gone.ipynb").exists()
+
+
+def test_copying_lessons_leaves_a_learners_work(tmp_path):
+    """Three calls: all copied, all there, one of them worked in; a dangling link is not written through."""
+    names = tuple(path.name for path in LESSONS)
+    assert copy_lessons(tmp_path).copied == names and copy_lessons(tmp_path).same == names
+    (tmp_path / names[0]).write_text("mine", encoding="utf-8")
+    (tmp_path / names[-1]).unlink()
+    (tmp_path / names[-1]).symlink_to(tmp_path / "elsewhere")
+    report = copy_lessons(tmp_path)
+    assert report.copied == () and set(report.kept) == {names[0], names[-1]} and names[0] in str(report)
+    assert (tmp_path / names[0]).read_text(encoding="utf-8") == "mine" and not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.long
+@each_lesson
+def test_learners_notebook_runs_with_the_solutions_put_in(path, tmp_path, monkeypatch):
+    """As a learner who is stuck everywhere would do it: `use_solution` in a cell below each stub. Without it, it stops."""
+    nb = read_notebook(FOLDER / path.name)
+    names = exercise_names(read_notebook(path))
+    for cell in nb.cells:
+        for name in names:
+            if cell.cell_type == "code" and cell.source == f"check({name})":
+                cell.source = f"from rlhf_course.checks import use_solution\nuse_solution({name!r})\nassert check({name}).passed"
+    run(nb, tmp_path, monkeypatch)
+
+
+@pytest.mark.long
+def test_learners_notebook_stops_at_the_first_stub(tmp_path, monkeypatch):
+    """The check itself lets "run all" go on; the first cell that needs the function says what is missing."""
+    path = LESSONS[0]
+    first = exercise_names(read_notebook(path))[0]
+    with pytest.raises(CellExecutionError, match=f"Exercise {first}: write the body"):
+        run(read_notebook(FOLDER / path.name), tmp_path, monkeypatch)
+
+
+def run(nb, folder, monkeypatch):
+    """Run the unflagged cells of a notebook in a folder that holds nothing."""
+    monkeypatch.setenv("IPYTHONDIR", str(folder / ".ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(folder / ".jupyter"))
+    (folder / "empty").mkdir()
+    RunUnflagged(timeout=None, store_widget_state=False).preprocess(nb, {"metadata": {"path": str(folder / "empty")}})
