@@ -50,7 +50,7 @@ test-all: $(READY)
 	exit $$status
 
 lab: $(READY)
-	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 lessons: $(READY)
 	@$(BIN)/python tools/lessons.py $(NB)

@@ -11,6 +11,11 @@ parser.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 name = cfg["lib_name"]
 
+# These stand beside the package in the repository, and inside it once installed: the learner's notebooks, and the
+# records of slow cells, which lessons read where there is no repository.
+beside = {"exercises": ("exercises", "*.ipynb"), "results": ("nbs/results", "*.json")}
+packed = {f"{name}.{inside}": place for inside, place in beside.items() if (ROOT / place[0]).is_dir()}
+
 setup(
     name=name,
     version=cfg["version"],
@@ -31,10 +36,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=f">={cfg['min_python']}",
-    # exercises/ stands beside the package in the repository, and inside it once installed.
-    packages=[*find_packages(include=[name, f"{name}.*"]), f"{name}.exercises"],
-    package_dir={f"{name}.exercises": "exercises"},
-    package_data={name: ["data/**"], f"{name}.exercises": ["*.ipynb"]},
+    packages=[*find_packages(include=[name, f"{name}.*"]), *packed],
+    package_dir={package: folder for package, (folder, _) in packed.items()},
+    package_data={name: ["data/**"], **{package: [pattern] for package, (_, pattern) in packed.items()}},
     include_package_data=False,
     zip_safe=False,
     install_requires=cfg["requirements"].split(),

@@ -71,6 +71,8 @@ def _rao_kupper_probes() -> list[Call]:
 
 
 _RAO_KUPPER = Exercise("rlhf_course.tiny_arena:rao_kupper", _rao_kupper_probes, (
+    ("You reshaped (3, n) into (n, 3), which scrambles the entries: stack along the last axis, or transpose.",
+     lambda margins, tie_margin=0.0: _columns(*_win_and_lose(margins, tie_margin), axis=0).reshape(-1, 3)),
     ("You have a and b the wrong way round: a large positive margin means that a wins, so e^{-d} belongs to P(a).",
      lambda margins, tie_margin=0.0: _columns(*_win_and_lose(margins, tie_margin)[::-1])),
     ("You left out theta: the tie margin changes nothing, and there are never ties.",
@@ -150,6 +152,10 @@ _BAYES_ACCURACY = Exercise("rlhf_course.tiny_arena:bayes_accuracy", _pair_probes
      lambda p: (lambda kept: _sides(kept).max(1).sum() / _sides(kept).sum())(p[p.argmax(1) != 2]) if (p.argmax(1) != 2).any() else np.nan),
     ("You summed and did not divide: an accuracy is a share of the decided pairs.",
      lambda p: _sides(p).max(1).sum()),
+    ("You divided by the mean of all 2n entries: divide by the mean over pairs of P(a) + P(b), which is twice as large.",
+     lambda p: _sides(p).max(1).mean() / _sides(p).mean()),
+    ("You took P(b) = 1 - P(a), which gives the ties to b: its own column says how often b wins.",
+     lambda p: np.maximum(p[:, 0], 1 - p[:, 0]).sum() / (1 - p[:, 2]).sum()),
     ("You returned one accuracy a pair: one number for all pairs is wanted.",
      lambda p: _shares(p).max(1)),
 ))
@@ -233,6 +239,12 @@ _TOKEN_LOGPROBS = Exercise("rlhf_course.tiny_lm:token_logprobs", _token_logprobs
      lambda logits, ids, temperature=1.0: _gathered(logits / temperature - logits.logsumexp(-1, keepdim=True), ids)),
     ("You returned probabilities: the logarithm is missing.",
      lambda logits, ids, temperature=1.0: _gathered((logits / temperature).softmax(-1), ids)),
+    ("You squeezed without naming the dimension: with one row or two tokens that drops a dimension that must stay. Use squeeze(-1).",
+     lambda logits, ids, temperature=1.0: _gathered((logits / temperature).log_softmax(-1), ids).squeeze()),
+    ("You subtracted one maximum for the whole batch: where all logits of a position lie far below it, their sum is 0 and its log "
+     "infinite. Take the maximum of each position, or log_softmax.",
+     lambda logits, ids, temperature=1.0: (lambda z: _gathered(z - z.exp().sum(-1, keepdim=True).log(), ids))(
+         logits / temperature - (logits[:, :-1] / temperature).max())),
     ("You returned logits: subtract the logsumexp over the vocabulary, which log_softmax does.",
      lambda logits, ids, temperature=1.0: _gathered(logits / temperature, ids)),
     ("You took the logarithm of a softmax: where the softmax underflows to 0 it is -inf. Use log_softmax.",

@@ -498,10 +498,10 @@ def run_pipeline(
 
     Raises: `ValueError` or `OSError`, in one line, for anything that is wrong with data, model or folder.
     """
-    _quiet_libraries()
     started = time.perf_counter()
     if options.data is not None and not options.data.is_file(): _missing_file(options.data)
     out = prepare_output(options.out or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S"))
+    _quiet_libraries()
     if options.model is not None: check_model(options.model)
     run = Run(options, options.sizes, out, empty_results(options.seed))
     for number, (name, stage) in enumerate(STAGES.items(), 1):
@@ -526,7 +526,9 @@ def _missing_file(path: Path) -> None:
 def _quiet_libraries() -> None:
     "Keeps the libraries' own chatter out of the command's output; errors still show."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 def peak_memory_mb() -> float | None: # None where the system does not say
     "The most memory that this process has held so far, in megabytes."

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'ensure_pad_token', 'head_name', 'new_reward_model',
            'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'RewardTrainer',
-           'with_length', 'train_reward_model', 'reward_accuracy', 'reward_log_loss', 'accuracy_interval',
-           'evaluate_rewards', 'save_reward_model']
+           'with_length', 'ProgressBar', 'train_reward_model', 'reward_accuracy', 'reward_log_loss',
+           'accuracy_interval', 'evaluate_rewards', 'save_reward_model']
 
 # %% ../nbs/04_reward_model.ipynb #bb1cc561
 import math
-import random
 import tempfile
+import warnings
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,10 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from transformers import (AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, Trainer,
-                          TrainingArguments, set_seed)
-from transformers.modeling_outputs import SequenceClassifierOutput
+from tqdm.auto import tqdm
+from transformers import (AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer,
+                          TrainerCallback, TrainingArguments, set_seed)
+from transformers.utils import logging
 
 from .checks import bad_argument
 from .padding import LABELS, PairCollator, encode_conversations, pad_batch, tokenize_pairs
@@ -79,6 +81,18 @@ def head_name(
                        "load it with AutoModelForSequenceClassification")
 
 # %% ../nbs/04_reward_model.ipynb #67993626
+@contextmanager
+def _expected_warnings():
+    "Silences what the libraries say about a head that is new on purpose, and about each other's deprecated names."
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally: logging.set_verbosity(verbosity)
+
+# %% ../nbs/04_reward_model.ipynb #acd39fe0
 def new_reward_model(
     source: str | Path, # a model's folder or Hub id; decoder or encoder
     tokenizer: PreTrainedTokenizerBase, # gives the pad token
@@ -92,8 +106,9 @@ def new_reward_model(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise bad_argument("new_reward_model", "tokenizer", "one with a pad token of its own",
                            f"pad {tokenizer.pad_token!r} and end {tokenizer.eos_token!r}", "call ensure_pad_token first")
-    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, pad_token_id=tokenizer.pad_token_id,
-                                                               dtype=torch.float32)
+    with _expected_warnings(): # the library reports that the head is new, which is the point
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+                                                                   dtype=torch.float32)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer))
     head = getattr(model, head_name(model))
     if isinstance(head, nn.Linear):
@@ -124,7 +139,7 @@ def score_responses(
     was_training = model.training
     model.eval()
     ids = encode_conversations(prompts, responses, tokenizer)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i])) # longest first: running out of memory shows at once
     scores = torch.empty(len(ids))
     for start in range(0, len(ids), batch_size):
         rows = order[start:start + batch_size]
@@ -175,7 +190,7 @@ def add_lora(
     "The model with low-rank adapters, its head trained and saved in full."
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0,
                       target_modules=list(target_modules or attention_targets(model)), modules_to_save=[head_name(model)])
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _expected_warnings():
         torch.manual_seed(config.seed)
         return get_peft_model(model, lora)
 
@@ -202,13 +217,34 @@ def with_length(
     return pairs.add_column("length", lengths)
 
 # %% ../nbs/04_reward_model.ipynb #50176d69
+class ProgressBar(TrainerCallback):
+    "A progress bar that says what is being trained."
+
+    def __init__(
+        self,
+        description: str, # shown before the bar
+    ):
+        self.description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        "Opens the bar."
+        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        "Moves it on."
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        "Closes it."
+        self.bar.close()
+
+# %% ../nbs/04_reward_model.ipynb #d965cb28
 def train_reward_model(
     model: PreTrainedModel, # from `new_reward_model`; its adapters are added here
     tokenizer: PreTrainedTokenizerBase, # gives the pad token
     train: Dataset, # comparisons in the one schema
     config: RewardConfig = RewardConfig(), # how
     output_dir: str | Path | None = None, # for checkpoints; None keeps none
-    show_progress: bool = True, # a progress bar
 ) -> tuple[PeftModel, list[dict]]: # the trained model in eval mode, and the log of losses
     "A reward model trained on comparisons with LoRA."
     set_seed(config.seed)
@@ -218,9 +254,10 @@ def train_reward_model(
             output_dir=str(output_dir or scratch), save_strategy="epoch" if output_dir else "no", num_train_epochs=config.n_epochs,
             per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate, warmup_steps=config.warmup_ratio,
             lr_scheduler_type="linear", train_sampling_strategy="group_by_length", remove_unused_columns=False, label_names=["labels"],
-            logging_steps=10, report_to=[], seed=config.seed, disable_tqdm=not show_progress, dataloader_pin_memory=False)
+            logging_steps=10, report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False)
         trainer = RewardTrainer(model=adapted, args=arguments, train_dataset=with_length(tokenize_pairs(train, tokenizer)),
-                                data_collator=PairCollator(tokenizer.pad_token_id))
+                                data_collator=PairCollator(tokenizer.pad_token_id), callbacks=[ProgressBar("reward model")])
+        trainer.remove_callback(PrinterCallback) # the log is returned, not printed
         trainer.train()
     return adapted.eval(), [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -15,7 +15,7 @@ from nbclient.exceptions import CellExecutionError
 from exercises import FOLDER, exercise_function, exercise_names, learner_text, stub_source
 from lessons import RunUnflagged
 from notebooks import cell_flags, notebook_paths, read_notebook
-from rlhf_course.checks import FAILED_CHECKS, HINT_AFTER, check, exercise_folder, find_hint, use_solution
+from rlhf_course.checks import FAILED_CHECKS, HINT_AFTER, _Outcome, _recognise, check, exercise_folder, find_hint, use_solution
 from rlhf_course.doctor import copy_lessons
 from rlhf_course.exercise_bank import EXERCISES
 
@@ -222,7 +222,7 @@ def test_mistake_is_named_behind_a_wrong_kind():
 
 
 def test_mistake_is_named_beside_another():
-    """Swapped columns that also fail on a list or overflow; but not where little is left, or what is left fits two mistakes."""
+    """Swapped columns that also fail on a list or overflow."""
     mistake, wrong = EXERCISES["rao_kupper"].wrong[0]
 
     def swapped_without_lists(margins, tie_margin=0.0):
@@ -236,8 +236,16 @@ def test_mistake_is_named_beside_another():
     for function in (swapped_without_lists, swapped_and_overflows):
         assert check(named("rao_kupper", function)).mistake == mistake
     assert "got nan (it comes of" in failed("bayes_accuracy", lambda probabilities: math.nan)
-    no_ties = EXERCISES["rao_kupper"].wrong[1][1]
-    assert "raised ValueError" in failed("rao_kupper", lambda margins, tie_margin=0.0: no_ties(margins) if tie_margin == 0 else int("?"))
+
+
+def test_no_mistake_is_named_where_it_is_not_certain():
+    """On too few probes, where what is left fits two mistakes, and where what is left is right."""
+    right, got = [_Outcome(value) for value in (1.0, 2.0, 3.0)], [_Outcome(5.0), _Outcome(6.0), _Outcome(error=ValueError())]
+    one, two = ("One.", [_Outcome(5.0), _Outcome(6.0), _Outcome(7.0)]), ("Two.", [_Outcome(5.0), _Outcome(6.0), _Outcome(8.0)])
+    assert _recognise(right, got, [one], 0, 0) == "One."
+    assert _recognise(right, got, [one, two], 0, 0) is None
+    assert _recognise(right, [got[0], got[2], got[2]], [one], 0, 0) is None
+    assert _recognise(right, [*right[:2], got[2]], [("Late.", [*right[:2], _Outcome(9.0)])], 0, 0) is None
 
 
 def test_right_on_all_probes_but_one_is_wrong():

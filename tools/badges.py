@@ -3,7 +3,7 @@
     python tools/badges.py                  every notebook of nbs/
     python tools/badges.py nbs/NAME.ipynb   one notebook
 
-A notebook that has no badge or set-up cell yet gets it after its title. nbs/index.ipynb needs neither.
+A notebook that has no badge or set-up cell yet gets it after its title.
 """
 
 import sys
@@ -52,9 +52,8 @@ def write_header(path: Path) -> None:
     nb = read_notebook(path)
     before = nbformat.writes(nb)
     nb.metadata = nbformat.from_dict(METADATA)
-    if path.name != "index.ipynb":
-        put_cell(nb, 1, "markdown", BADGE, badge_source(path), "badge")
-        put_cell(nb, 2, "code", SETUP_SIGN, setup_source(), "setup")
+    put_cell(nb, 1, "markdown", BADGE, badge_source(path), "badge")
+    put_cell(nb, 2, "code", SETUP_SIGN, setup_source(), "setup")
     if nbformat.writes(nb) != before:
         nbformat.write(nb, path)
 

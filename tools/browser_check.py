@@ -1,0 +1,226 @@
+"""Look at an exercise in a real browser: JupyterLab from `make lab`, a wrong answer typed, its mistake named, a right one passed.
+
+    python tools/browser_check.py FOLDER      screenshots go to FOLDER
+
+A check made by hand before a release; no test runs it. It needs what the project does not: Chromium with its driver
+(Debian: `apt-get install chromium chromium-driver`) and selenium 4 (`pip install selenium`), which may stand in another
+environment than .venv. Nothing is saved to the notebooks, and nothing is read from or written to the user's own Jupyter set-up.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "exercises" / "00a_tiny_arena.ipynb"
+EXERCISE = "rao_kupper"
+WRONG = ["d = np.asarray(margins, dtype=float)", "a = 1 / (1 + np.exp(tie_margin + d))",
+         "b = 1 / (1 + np.exp(tie_margin - d))", "return np.stack([a, b, 1 - a - b], axis=-1)"]  # fmt: skip
+RIGHT = [WRONG[0], "a = 1 / (1 + np.exp(tie_margin - d))", "b = 1 / (1 + np.exp(tie_margin + d))", WRONG[3]]
+MISTAKE = "You have a and b the wrong way round"
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync", "--window-size=1500,1100"]  # fmt: skip
+PANEL_JS = ("const app = window.jupyterapp; const panel = app && [...app.shell.widgets('main')]"
+            ".find(w => w.isVisible && w.content && w.content.widgets); const nb = panel && panel.content;")  # fmt: skip
+
+
+@contextmanager
+def lab(scratch: Path):
+    """The address of a JupyterLab that `make lab` started, with all its settings in `scratch`; stopped at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = scratch / "settings" / "@jupyterlab"
+    for name, text in {"docmanager-extension/plugin": '{"autosave": false}',
+                       "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}'}.items():  # fmt: skip
+        (settings / name).parent.mkdir(parents=True)
+        (settings / f"{name}.jupyterlab-settings").write_text(text)
+    places = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "JUPYTER_CONFIG_DIR": "config",
+              "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}  # fmt: skip
+    env = {**os.environ, **{name: str(scratch / place) for name, place in places.items()}}
+    options = f"--no-browser --port={port} --ServerApp.port_retries=0 --IdentityProvider.token=look --LabApp.expose_app_in_browser=True"
+    root = "--allow-root" if hasattr(os, "getuid") and os.getuid() == 0 else ""
+    with open(scratch / "lab.log", "w") as log:
+        server = subprocess.Popen(["make", "lab", f"ARGS={options} {root}"], cwd=ROOT, env=env, stdout=log, stderr=log,
+                                  start_new_session=True)  # fmt: skip
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_for(lambda: answers(f"{address}/api?token=look"), 600, "JupyterLab does not answer", server)
+            yield address
+        except BaseException:
+            print((scratch / "lab.log").read_text()[-4000:], file=sys.stderr)
+            raise
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+
+
+def answers(address: str) -> bool:
+    """Whether a server is there."""
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds: float, otherwise: str, server: subprocess.Popen | None = None) -> None:
+    """Return when the condition holds; exit with a message where it does not in time, or the server has ended."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end or (server and server.poll() is not None):
+            raise SystemExit(f"{otherwise} after {seconds:.0f} s" if not server or server.poll() is None else "`make lab` ended")
+        time.sleep(0.5)
+
+
+@contextmanager
+def chromium(profile: Path):
+    """A browser with an empty profile."""
+    options = webdriver.ChromeOptions()
+    for argument in [*CHROMIUM, f"--user-data-dir={profile}"]:
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Page:
+    """JupyterLab in the browser: what a learner clicks, types and sees."""
+
+    def __init__(self, driver, folder: Path):
+        self.driver, self.folder, self.n_shots = driver, folder, 0
+
+    def js(self, script: str, *arguments):
+        """What a script on the page returns; `nb` is the notebook in front."""
+        return self.driver.execute_script(PANEL_JS + script, *arguments)
+
+    def shot(self, name: str) -> None:
+        """Save what the browser shows."""
+        time.sleep(1.5)  # for what scrolls and fades
+        self.n_shots += 1
+        self.driver.save_screenshot(str(self.folder / f"{self.n_shots}_{name}.png"))
+
+    def click(self, xpath: str) -> None:
+        """Click the element, when it is there."""
+        WebDriverWait(self.driver, 60).until(lambda driver: driver.find_elements(By.XPATH, xpath))[0].click()
+
+    def ready(self, name: str) -> None:
+        """Wait until the notebook of this name is in front and its kernel idle."""
+        script = ("const session = panel && panel.context.isReady && panel.context.path.endsWith(arguments[0])"
+                  "&& panel.sessionContext.session; return !!session && session.kernel.status === 'idle'")  # fmt: skip
+        wait_for(lambda: self.js(script, name), 120, f"{name} is not ready")
+        self.js("app.shell.activateById(panel.id)")
+
+    def cell_of(self, start: str) -> int:
+        """The place of the one cell whose source starts so."""
+        [place] = self.js("return nb.widgets.map((w, i) => [w.model.sharedModel.getSource(), i])"
+                          ".filter(([s]) => s.startsWith(arguments[0])).map(([, i]) => i)", start)  # fmt: skip
+        return place
+
+    def show(self, place: int) -> None:
+        """Bring a cell to the middle and select it."""
+        self.js("nb.activeCellIndex = arguments[0]; nb.mode = 'command'; nb.node.focus(); return nb.scrollToItem(arguments[0], 'center')", place)
+        time.sleep(0.5)
+
+    def keys(self, *keys: str) -> None:
+        """Press keys, the first of each chord held."""
+        actions = webdriver.ActionChains(self.driver)
+        for chord in keys:
+            held, pressed = (chord[:-1], chord[-1]) if isinstance(chord, tuple) else ((), chord)
+            for key in held:
+                actions.key_down(key)
+            actions.send_keys(pressed)
+            for key in reversed(held):
+                actions.key_up(key)
+        actions.perform()
+
+    def type_body(self, place: int, old_lines: int, lines: list[str]) -> None:
+        """Type these lines over the last lines of a cell, as at a keyboard, and run the cell."""
+        self.show(place)
+        up = [(Keys.SHIFT, Keys.ARROW_UP)] * (old_lines - 1)
+        self.keys(Keys.ENTER, (Keys.CONTROL, Keys.END), *up, (Keys.SHIFT, Keys.HOME))
+        for number, line in enumerate(lines):
+            self.keys(*([Keys.ENTER] if number else []), line)
+        self.keys(Keys.ESCAPE, (Keys.SHIFT, Keys.ENTER))
+
+    def run(self, place: int) -> str:
+        """What the cell shows below its source after it was run."""
+        before = self.js("return nb.widgets[arguments[0]].model.executionCount", place)
+        self.show(place)
+        self.keys((Keys.SHIFT, Keys.ENTER))
+        wait_for(lambda: self.js("return nb.widgets[arguments[0]].model.executionCount", place) not in (None, before), 60, "the check does not run")
+        return self.output(place)
+
+    def output(self, place: int) -> str:
+        """The text below a cell, which is drawn only where it is in view."""
+        self.show(place)
+        return self.js("return nb.widgets[arguments[0]].outputArea.node.innerText", place)
+
+
+def look(address: str, driver, folder: Path) -> None:
+    """The way of a learner, from the first page to an exercise that passes."""
+    page = Page(driver, folder)
+    driver.get(f"{address}/?token=look")
+    page.ready("index.ipynb")
+    page.shot("first_page")
+    page.js("const i = nb.widgets.findIndex(w => w.model.sharedModel.getSource().startsWith('## The lessons')); return nb.scrollToItem(i, 'start')")
+    page.shot("table_of_lessons")
+    page.click(f"//a[contains(@href, '{NOTEBOOK.parent.name}/{NOTEBOOK.name}') or contains(@data-commandlinker-args, '{NOTEBOOK.name}')]")
+    page.ready(NOTEBOOK.name)
+    page.shot("exercises")
+
+    stub, check = page.cell_of(f"def {EXERCISE}("), page.cell_of(f"check({EXERCISE})")
+    page.click("//*[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']")
+    page.click("//*[contains(@class, 'lm-Menu-itemLabel') and text()='Run All Cells']")
+    wait_for(lambda: page.js("return nb.widgets[arguments[0]].model.executionCount", check), 300, "the first check does not run")
+    page.ready(NOTEBOOK.name)
+    said = page.output(check)
+    assert "not written yet" in said, said
+    page.shot("run_all_stub")
+
+    page.type_body(stub, 1, WRONG)
+    said = page.run(check)
+    assert MISTAKE in said, said
+    page.shot("wrong_answer")
+
+    page.type_body(stub, len(WRONG), RIGHT)
+    said = page.run(check)
+    assert f"{EXERCISE}" in said and MISTAKE not in said and "probes" in said, said
+    page.shot("right_answer")
+    print(said)
+
+
+def main() -> None:
+    """Make the screenshots, or stop where something is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the screenshots go; made when needed")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    before = NOTEBOOK.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch, lab(Path(scratch)) as address, chromium(Path(scratch) / "profile") as driver:
+        try:
+            look(address, driver, folder)
+        except BaseException:
+            driver.save_screenshot(str(folder / "failed.png"))
+            raise
+    assert NOTEBOOK.read_bytes() == before, f"{NOTEBOOK.name} was changed"
+    print(f"The exercise was found, a mistake was named, the right answer passed: screenshots in {folder}")
+
+
+if __name__ == "__main__":
+    main()
