@@ -18,7 +18,9 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+import tyro
 
 from .checks import bad_argument, package_versions, write_atomic
 
@@ -29,10 +31,11 @@ if TYPE_CHECKING: # torch and what needs it is imported where it is used, so tha
 
 # %% auto #0
 __all__ = ['ARENA', 'ARENA_FAST', 'FILE', 'FILE_FAST', 'PLAIN_CHAT_TEMPLATE', 'STAGES', 'Sizes', 'whole_folder', 'prepare_output',
-           'empty_results', 'Run', 'RunOptions', 'stage_data', 'drop_long', 'check_model', 'stage_language_model',
-           'device', 'small_language_model', 'stage_reward_model', 'fresh_comparisons', 'make_policy', 'judge_policy',
-           'stage_rlhf', 'rlhf_prompts', 'judge_utility', 'draw_reward_model', 'draw_rlhf', 'result_rows',
-           'build_report', 'run_pipeline', 'peak_memory_mb', 'print_summary', 'PretrainOptions', 'main']
+           'empty_results', 'Run', 'RunOptions', 'stage_data', 'random_prompts', 'drop_long', 'check_model',
+           'stage_language_model', 'device', 'small_language_model', 'stage_reward_model', 'fresh_comparisons',
+           'make_policy', 'judge_policy', 'stage_rlhf', 'rlhf_prompts', 'judge_utility', 'draw_reward_model',
+           'draw_rlhf', 'result_rows', 'build_report', 'run_pipeline', 'peak_memory_mb', 'print_summary',
+           'PretrainOptions', 'LessonsOptions', 'DoctorOptions', 'main']
 
 # %% ../nbs/92_pipeline.ipynb #bba47087
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=16_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
-              n_updates=40, max_new_tokens=64, n_eval=1_000)
-ARENA_FAST = replace(ARENA, n_comparisons=2_000, n_fresh=1_000, n_updates=6, n_eval=200)
+ARENA = Sizes(n_comparisons=100_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+              n_updates=24, max_new_tokens=48, n_eval=1_000)
+ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_000, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
              n_updates=12, max_new_tokens=48, n_eval=64)
 FILE_FAST = replace(FILE, n_comparisons=200, n_pretrain_steps=10, n_updates=1, max_new_tokens=16, n_eval=8)
@@ -159,7 +162,7 @@ def stage_data(
     options = run.options
     if options.data is None:
         from rlhf_course.tiny_arena import sample_comparisons, tiny_arena
-        rows = sample_comparisons(tiny_arena(), run.sizes.n_comparisons, seed=options.seed)
+        rows = sample_comparisons(tiny_arena(), run.sizes.n_comparisons, seed=options.seed, responses_per_prompt=8)
         comparisons, report = comparisons_from_rows(rows, source="Tiny Arena", strict=options.strict)
     else:
         comparisons, report = load_comparisons(options.data, strict=options.strict)
@@ -172,6 +175,22 @@ def stage_data(
     run.results["data"] |= {"source": report.source, "n_read": report.n_read, "n_kept": report.n_kept, "dropped": report.counts()}
 
 # %% ../nbs/92_pipeline.ipynb #1cefa15b
+def random_prompts(
+    comparisons: Dataset, # in the one schema
+    n: int, # about how many rows to keep, at least 1
+    seed: int, # the same seed keeps the same prompts
+) -> Dataset: # all comparisons of some prompts, at most `n` and at least those of one prompt
+    "A random part of the comparisons that keeps the comparisons of a prompt together, since they share responses."
+    from collections import Counter
+    counts = Counter(comparisons["prompt"])
+    chosen, total = set(), 0
+    for prompt in random.Random(seed).sample(sorted(counts), len(counts)):
+        if chosen and total + counts[prompt] > n: break
+        chosen.add(prompt)
+        total += counts[prompt]
+    return comparisons.select([i for i, prompt in enumerate(comparisons["prompt"]) if prompt in chosen])
+
+# %% ../nbs/92_pipeline.ipynb #118c6d48
 def drop_long(
     run: Run, # its comparisons are filtered
 ) -> None:
@@ -190,8 +209,8 @@ def drop_long(
     if n_long: run.note(f"left out {n_long:,} comparisons with a prompt over {run.sizes.max_prompt_tokens} or a response over "
                         f"{run.sizes.max_response_tokens} tokens")
     if len(run.train) > run.sizes.n_comparisons:
-        run.note(f"training on {run.sizes.n_comparisons:,} of {len(run.train):,} comparisons, chosen at random")
-        run.train = run.train.shuffle(seed=run.options.seed).select(range(run.sizes.n_comparisons))
+        run.note(f"training on about {run.sizes.n_comparisons:,} of {len(run.train):,} comparisons: all of prompts drawn at random")
+        run.train = random_prompts(run.train, run.sizes.n_comparisons, run.options.seed)
     run.valid = sort_longest_first(run.valid)
     data |= {"n_kept": data["n_kept"] - n_long, "n_train": len(run.train), "n_valid": len(run.valid)}
 
@@ -283,7 +302,7 @@ def stage_reward_model(
 ) -> None:
     "A reward model trained on the comparisons, and how often it agrees with judgements it has not seen."
     from rlhf_course.reward_model import RewardConfig, evaluate_rewards, new_reward_model, save_reward_model, train_reward_model
-    config = RewardConfig(seed=run.options.seed, batch_size=32 if run.options.data is None else 16)
+    config = RewardConfig(seed=run.options.seed, batch_size=112 if run.options.data is None else 28)
     model = new_reward_model(run.model_source, run.tokenizer, run.options.seed)
     trained, log = train_reward_model(model, run.tokenizer, run.train, config)
     fresh, bayes = fresh_comparisons(run)
@@ -567,15 +586,35 @@ def _pretrain(options: PretrainOptions) -> None:
     print(f"wrote {options.out}")
 
 # %% ../nbs/92_pipeline.ipynb #744ff295
+@dataclass(frozen=True)
+class LessonsOptions:
+    "Copy the exercise notebooks to a folder of yours; files that are there already are left alone."
+    folder: tyro.conf.Positional[Path]
+    "Where to put them."
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    "Say what this machine has, and what of the course will run on it."
+
+# %% ../nbs/92_pipeline.ipynb #ca6bd156
+def _act(options: RunOptions | PretrainOptions | LessonsOptions | DoctorOptions) -> None:
+    "Does what was asked for."
+    if isinstance(options, RunOptions): run_pipeline(options)
+    elif isinstance(options, PretrainOptions): _pretrain(options)
+    else:
+        from rlhf_course.doctor import copy_lessons, doctor
+        print(copy_lessons(options.folder) if isinstance(options, LessonsOptions) else doctor())
+
+# %% ../nbs/92_pipeline.ipynb #aa82d890
 def main(
     args: Sequence[str] | None = None, # command-line words; None takes those of the process
 ) -> int: # exit code: 0 if all went well, 2 for a mistake in the input
     "The command `rlhf-course`."
-    import tyro
-    commands = Annotated[RunOptions, tyro.conf.subcommand("run")] | Annotated[PretrainOptions, tyro.conf.subcommand("pretrain")]
+    kinds = {"run": RunOptions, "lessons": LessonsOptions, "doctor": DoctorOptions, "pretrain": PretrainOptions}
+    commands = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]
     options = tyro.cli(commands, args=args, prog="rlhf-course", description="Reinforcement learning from human feedback on a laptop.")
     try:
-        run_pipeline(options) if isinstance(options, RunOptions) else _pretrain(options)
+        _act(options)
     except (ValueError, OSError) as error:
         print(f"rlhf-course: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -4,24 +4,27 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'ensure_pad_token', 'head_name', 'new_reward_model',
-           'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'RewardTrainer',
-           'with_length', 'ProgressBar', 'train_reward_model', 'reward_accuracy', 'reward_log_loss',
-           'accuracy_interval', 'evaluate_rewards', 'save_reward_model']
+           'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'SharedPairCollator',
+           'prompt_blocks', 'BlockSampler', 'RewardTrainer', 'ProgressBar', 'reward_optimizer', 'train_reward_model',
+           'reward_accuracy', 'reward_log_loss', 'accuracy_interval', 'evaluate_rewards', 'save_reward_model']
 
 # %% ../nbs/04_reward_model.ipynb #bb1cc561
 import math
+import random
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer,
                           TrainerCallback, TrainingArguments, set_seed)
@@ -169,17 +172,19 @@ def attention_targets(
 @dataclass(frozen=True)
 class RewardConfig:
     "How to train a reward model."
-    lora_r: int = 16 # rank of the update, at least 1
-    lora_alpha: int = 32 # the update is scaled by lora_alpha / lora_r
-    learning_rate: float = 2e-3 # at the top of a linear schedule
+    lora_r: int = 64 # rank of the update, at least 1
+    lora_alpha: int = 64 # the update is scaled by lora_alpha / lora_r
+    learning_rate: float = 1.5e-3 # of Adam for the adapters, at the top of the schedule
+    head_learning_rate: float = 1e-2 # of Adam for the head, which starts from noise and has far to go
     warmup_ratio: float = 0.05 # share of the steps that warm up
-    n_epochs: float = 1.0 # passes over the comparisons
-    batch_size: int = 32 # comparisons a step, twice as many sequences
+    decay_ratio: float = 0.4 # share of the steps, at the end, over which the learning rate falls to zero
+    n_epochs: int = 1 # passes over the comparisons
+    batch_size: int = 112 # comparisons a step; all pairs of eight responses to four prompts
     seed: int = 0 # of the head, the adapters and the order of batches
 
     def __post_init__(self):
-        if self.lora_r < 1 or self.batch_size < 1 or not self.n_epochs > 0 or not self.learning_rate > 0:
-            raise ValueError(f"RewardConfig: lora_r, batch_size, n_epochs and learning_rate must be above 0, got {self}")
+        for name in ("lora_r", "lora_alpha", "learning_rate", "head_learning_rate", "n_epochs", "batch_size"):
+            if not getattr(self, name) > 0: raise bad_argument("RewardConfig", name, "above 0", getattr(self, name), "leave it at its default")
 
 # %% ../nbs/04_reward_model.ipynb #5e188ac4
 def add_lora(
@@ -195,26 +200,76 @@ def add_lora(
         return get_peft_model(model, lora)
 
 # %% ../nbs/04_reward_model.ipynb #29e1d4d9
-class RewardTrainer(Trainer):
-    "transformers' `Trainer` with the Bradley-Terry loss on batches of `PairCollator`."
+@dataclass(frozen=True)
+class SharedPairCollator(PairCollator):
+    "Makes a padded batch of tokenized comparisons in which each different sequence stands once."
 
-    def __init__(self, *args, **kwargs):
+    def __call__(
+        self,
+        rows: Sequence[Mapping[str, Any]], # B rows of `tokenize_pairs`
+    ) -> dict[str, Tensor]: # input_ids and attention_mask (S, T) long, pairs (B, 2) long: rows of a and of b; labels (B,) long
+        "One batch; `scores[pairs]` has the scores of the first responses in column 0 and of the second in column 1."
+        place: dict[tuple[int, ...], int] = {}
+        pairs = [[place.setdefault(tuple(row[column]), len(place)) for column in ("input_ids_a", "input_ids_b")] for row in rows]
+        input_ids, attention_mask = pad_batch([list(ids) for ids in place], self.pad_token_id, self.padding_side, self.pad_to_multiple_of)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "pairs": torch.tensor(pairs),
+                "labels": torch.tensor([int(row["label"]) for row in rows])}
+
+# %% ../nbs/04_reward_model.ipynb #16c864c5
+def prompt_blocks(
+    prompts: Sequence[str], # prompt of each row
+    max_size: int = 28, # longest block, so that a batch has several prompts
+) -> list[list[int]]: # row numbers, each row in one block
+    "Runs of neighbouring rows with the same prompt, long ones cut."
+    blocks: list[list[int]] = []
+    for row, prompt in enumerate(prompts):
+        if row == 0 or prompt != prompts[row - 1] or len(blocks[-1]) == max_size: blocks.append([])
+        blocks[-1].append(row)
+    return blocks
+
+# %% ../nbs/04_reward_model.ipynb #e1e5edd4
+class BlockSampler(Sampler):
+    "Row numbers in an order that is new in each pass: blocks together, batches of similar length, batches shuffled."
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[int]], # from `prompt_blocks`
+        lengths: Sequence[int], # tokens of each row's longer sequence
+        batch_size: int, # rows in a batch
+        seed: int = 0, # the same seed gives the same orders
+    ):
+        self.blocks, self.lengths, self.batch_size, self.rng = blocks, lengths, batch_size, random.Random(seed)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks))
+
+    def __iter__(self) -> Iterator[int]:
+        longest = lambda block: max(self.lengths[row] for row in block)
+        blocks = self.rng.sample(self.blocks, len(self.blocks))
+        per_stretch = 16 * self.batch_size * len(blocks) // len(self) or 1 # blocks in sixteen batches
+        for start in range(0, len(blocks), per_stretch):
+            rows = [row for block in sorted(blocks[start:start + per_stretch], key=longest) for row in block]
+            batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            last = [batches.pop()] if len(batches[-1]) < self.batch_size else [] # an incomplete batch would shift the others
+            yield from (row for batch in self.rng.sample(batches, len(batches)) + last for row in batch)
+
+# %% ../nbs/04_reward_model.ipynb #ee790e65
+class RewardTrainer(Trainer):
+    "transformers' `Trainer` with the Bradley-Terry loss on batches of `SharedPairCollator`, drawn by a sampler."
+
+    def __init__(self, *args, train_sampler: Sampler, **kwargs):
         super().__init__(*args, **kwargs)
+        self.train_sampler = train_sampler
         self.model_accepts_loss_kwargs = False # the loss is a mean: divide it by the accumulation steps
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        return self.train_sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of one batch, and the margins (score of a minus score of b) as `logits`."
-        scores_a, scores_b = score_sequences(model, inputs["input_ids"], inputs["attention_mask"]).chunk(2)
+        scores_a, scores_b = score_sequences(model, inputs["input_ids"], inputs["attention_mask"])[inputs["pairs"]].T
         loss = bradley_terry_loss(scores_a, scores_b, inputs["labels"])
         return (loss, {"loss": loss, "logits": scores_a - scores_b}) if return_outputs else loss
-
-# %% ../nbs/04_reward_model.ipynb #16c864c5
-def with_length(
-    pairs: Dataset, # from `tokenize_pairs`
-) -> Dataset: # with a column `length`, tokens of the longer sequence
-    "The pairs with the length that decides how wide their batch is."
-    lengths = [max(len(a), len(b)) for a, b in zip(pairs["input_ids_a"], pairs["input_ids_b"])]
-    return pairs.add_column("length", lengths)
 
 # %% ../nbs/04_reward_model.ipynb #50176d69
 class ProgressBar(TrainerCallback):
@@ -239,6 +294,21 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 # %% ../nbs/04_reward_model.ipynb #d965cb28
+def reward_optimizer(
+    model: PeftModel, # with adapters and head
+    config: RewardConfig, # learning rates and schedule
+    n_steps: int, # optimizer steps of the whole training
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]: # what `Trainer` takes as `optimizers`
+    "Adam with one learning rate for the adapters and one for the head, and a schedule of warm-up, plateau and linear decay."
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = [parameter for name, parameter in trainable.items() if "lora_" in name]
+    head = [parameter for name, parameter in trainable.items() if "lora_" not in name]
+    optimizer = torch.optim.Adam([{"params": adapters, "lr": config.learning_rate}, {"params": head, "lr": config.head_learning_rate}],
+                                 betas=(0.9, 0.98))
+    rise, fall = max(1.0, config.warmup_ratio * n_steps), max(1.0, config.decay_ratio * n_steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rise, max(0.0, (n_steps - step) / fall)))
+
+# %% ../nbs/04_reward_model.ipynb #03b48473
 def train_reward_model(
     model: PreTrainedModel, # from `new_reward_model`; its adapters are added here
     tokenizer: PreTrainedTokenizerBase, # gives the pad token
@@ -248,15 +318,18 @@ def train_reward_model(
 ) -> tuple[PeftModel, list[dict]]: # the trained model in eval mode, and the log of losses
     "A reward model trained on comparisons with LoRA."
     set_seed(config.seed)
-    adapted = add_lora(model, config)
+    train = train.sort("prompt") # a stable sort: comparisons that share responses become neighbours
+    adapted, pairs = add_lora(model, config), tokenize_pairs(train, tokenizer)
+    lengths = [max(len(a), len(b)) for a, b in zip(pairs["input_ids_a"], pairs["input_ids_b"])]
+    sampler = BlockSampler(prompt_blocks(train["prompt"]), lengths, config.batch_size, config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch), save_strategy="epoch" if output_dir else "no", num_train_epochs=config.n_epochs,
-            per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate, warmup_steps=config.warmup_ratio,
-            lr_scheduler_type="linear", train_sampling_strategy="group_by_length", remove_unused_columns=False, label_names=["labels"],
-            logging_steps=10, report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False)
-        trainer = RewardTrainer(model=adapted, args=arguments, train_dataset=with_length(tokenize_pairs(train, tokenizer)),
-                                data_collator=PairCollator(tokenizer.pad_token_id), callbacks=[ProgressBar("reward model")])
+            per_device_train_batch_size=config.batch_size, remove_unused_columns=False, label_names=["labels"], logging_steps=10,
+            report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False)
+        trainer = RewardTrainer(model=adapted, args=arguments, train_dataset=pairs, train_sampler=sampler,
+                                data_collator=SharedPairCollator(tokenizer.pad_token_id), callbacks=[ProgressBar("reward model")],
+                                optimizers=reward_optimizer(adapted, config, n_steps=math.ceil(len(pairs) / config.batch_size) * config.n_epochs))
         trainer.remove_callback(PrinterCallback) # the log is returned, not printed
         trainer.train()
     return adapted.eval(), [entry for entry in trainer.state.log_history if "loss" in entry]

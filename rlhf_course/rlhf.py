@@ -81,15 +81,16 @@ def shape_rewards(
 @dataclass(frozen=True)
 class RLHFConfig:
     "How to tune a language model with PPO."
-    n_updates: int = 20 # rollouts, each followed by an update
+    n_updates: int = 24 # rollouts, each followed by an update
     batch_size: int = 128 # prompts a rollout, one response each
-    max_new_tokens: int = 64 # most tokens of a response, end token included
+    max_new_tokens: int = 48 # most tokens of a response, end token included
     temperature: float = 1.0 # of sampling, and of every log-probability
     kl_coef: float = 0.1 # price of a nat of divergence from the reference, in units of score
     missing_end_score: float = -3.0 # score of a response that was cut off before its end token
     n_epochs: int = 4 # passes over a rollout
     minibatch_size: int = 32 # responses an optimizer step
-    learning_rate: float = 3e-4 # of Adam, falls linearly to zero
+    learning_rate: float = 3e-4 # of Adam for the language model, falls linearly to zero
+    value_learning_rate: float = 5e-3 # of Adam for the value head, which starts from zero and has far to go
     clip_coef: float = 0.2 # PPO's clip range
     vf_coef: float = 0.1 # weight of the value loss
     gamma: float = 1.0 # a response is judged as a whole
@@ -99,7 +100,8 @@ class RLHFConfig:
     seed: int = 0 # of prompts, samples and minibatches
 
     def __post_init__(self):
-        for name in ("n_updates", "batch_size", "max_new_tokens", "temperature", "n_epochs", "minibatch_size", "learning_rate", "max_kl"):
+        for name in ("n_updates", "batch_size", "max_new_tokens", "temperature", "n_epochs", "minibatch_size", "learning_rate",
+                     "value_learning_rate", "max_kl"):
             if not getattr(self, name) > 0: raise bad_argument("RLHFConfig", name, "above 0", getattr(self, name), "leave it at its default")
         if not self.kl_coef >= 0: raise bad_argument("RLHFConfig", "kl_coef", "at least 0", self.kl_coef, "0 switches the penalty off")
 
@@ -271,7 +273,9 @@ def train_rlhf(
     config: RLHFConfig = RLHFConfig(), # how
 ) -> list[dict[str, float]]: # one row of statistics an update
     "Tunes a language model to write responses with a high reward that stay close to the reference."
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=config.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam([
+        {"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": config.learning_rate},
+        {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate}], eps=1e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / config.n_updates)
     rng, shuffler = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
     generator = torch.Generator(policy.model.device).manual_seed(config.seed)

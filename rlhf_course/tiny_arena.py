@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import groupby, product, takewhile
+from itertools import combinations, groupby, product, takewhile
 
 import numpy as np
 
@@ -446,12 +446,20 @@ def sample_comparisons(
     n: int, # how many
     labeler: Labeler = Labeler(), # the judge
     seed: int = 0, # the same seed gives the same rows
+    responses_per_prompt: int = 2, # K, at least 2: each two of a prompt's K responses are compared, K (K - 1) / 2 rows in a run
 ) -> list[dict[str, str]]: # rows with prompt, response_a, response_b, winner (a, b or tie), model_a, model_b
-    "Comparisons of two independent responses to a uniformly drawn prompt. The two may happen to be identical."
+    """Comparisons of independent responses to uniformly drawn prompts. Two responses may happen to be identical.
+
+    Source: Ouyang et al. (2022), section 3.5, for more than two responses a prompt.
+    """
+    if responses_per_prompt < 2:
+        raise ValueError(f"sample_comparisons: responses_per_prompt must be at least 2, got {responses_per_prompt}")
     rng, rows = random.Random(seed), []
-    for prompt in rng.choices(arena.prompts, k=n):
-        (a, model_a), (b, model_b) = sample_response(arena, prompt, rng), sample_response(arena, prompt, rng)
-        rows.append({"prompt": prompt, "response_a": a, "response_b": b, "model_a": model_a, "model_b": model_b})
+    for prompt in rng.choices(arena.prompts, k=math.ceil(n / math.comb(responses_per_prompt, 2))):
+        written = [sample_response(arena, prompt, rng) for _ in range(responses_per_prompt)]
+        rows += [{"prompt": prompt, "response_a": a, "response_b": b, "model_a": model_a, "model_b": model_b}
+                 for (a, model_a), (b, model_b) in combinations(written, 2)]
+    rows = rows[:n]
     for row, probabilities in zip(rows, label_probabilities(arena, rows, labeler)):
         [row["winner"]] = rng.choices(("a", "b", "tie"), probabilities.tolist())
     return rows
