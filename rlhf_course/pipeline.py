@@ -282,8 +282,8 @@ def small_language_model(
     run.note("no --model given: a tokenizer and a model of about a million parameters are trained on the file's own text. Expect "
              "a reward model that sees length and a few words, and text that looks like language without meaning; "
              "give --model for a real one")
-    texts = run.train["prompt"] + run.train["response_a"] + run.train["response_b"]
-    run.tokenizer = train_bpe_tokenizer(sorted(set(texts)), vocab_size=2048)
+    texts = {text for column in ("prompt", "response_a", "response_b") for text in run.train[column]}
+    run.tokenizer = train_bpe_tokenizer(sorted(texts), vocab_size=2048)
     drop_long(run)
     model = tiny_llama(run.tokenizer, run.options.seed).to(device())
     pairs = sorted({(p, r) for side in "ab" for p, r in zip(run.train["prompt"], run.train[f"response_{side}"])})

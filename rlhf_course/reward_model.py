@@ -321,7 +321,7 @@ def train_reward_model(
     train = train.sort("prompt") # a stable sort: comparisons that share responses become neighbours
     adapted, pairs = add_lora(model, config), tokenize_pairs(train, tokenizer)
     lengths = [max(len(a), len(b)) for a, b in zip(pairs["input_ids_a"], pairs["input_ids_b"])]
-    sampler = BlockSampler(prompt_blocks(train["prompt"]), lengths, config.batch_size, config.seed)
+    sampler = BlockSampler(prompt_blocks(list(train["prompt"])), lengths, config.batch_size, config.seed)
     with tempfile.TemporaryDirectory() as scratch, _expected_warnings():
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch), save_strategy="epoch" if output_dir else "no", num_train_epochs=config.n_epochs,
