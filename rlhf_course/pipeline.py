@@ -401,7 +401,7 @@ def rlhf_prompts(
         from rlhf_course.tiny_arena import tiny_arena
         prompts = tiny_arena().prompts
         return prompts, random.Random(run.options.seed).sample(prompts, run.sizes.n_eval)
-    held_out = list(dict.fromkeys(run.valid.sort("n_tokens_prompt")["prompt"]))
+    held_out = list(dict.fromkeys(run.valid["prompt"]))
     return sorted(set(run.train["prompt"])), random.Random(run.options.seed).sample(held_out, min(len(held_out), run.sizes.n_eval))
 
 # %% ../nbs/92_pipeline.ipynb #4e589170
@@ -545,7 +545,9 @@ def _missing_file(path: Path) -> None:
 def _quiet_libraries() -> None:
     "Keeps the libraries' own chatter out of the command's output; errors still show."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
     from transformers.utils import logging
+    warnings.filterwarnings("ignore", category=FutureWarning) # the libraries tell each other about renamed attributes
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

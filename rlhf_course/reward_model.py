@@ -318,10 +318,12 @@ def train_reward_model(
 ) -> tuple[PeftModel, list[dict]]: # the trained model in eval mode, and the log of losses
     "A reward model trained on comparisons with LoRA."
     set_seed(config.seed)
-    train = train.sort("prompt") # a stable sort: comparisons that share responses become neighbours
+    prompts = list(train["prompt"])
+    order = sorted(range(len(prompts)), key=prompts.__getitem__) # stable: comparisons that share responses become neighbours
+    train, prompts = train.select(order), [prompts[i] for i in order]
     adapted, pairs = add_lora(model, config), tokenize_pairs(train, tokenizer)
     lengths = [max(len(a), len(b)) for a, b in zip(pairs["input_ids_a"], pairs["input_ids_b"])]
-    sampler = BlockSampler(prompt_blocks(list(train["prompt"])), lengths, config.batch_size, config.seed)
+    sampler = BlockSampler(prompt_blocks(prompts), lengths, config.batch_size, config.seed)
     with tempfile.TemporaryDirectory() as scratch, _expected_warnings():
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch), save_strategy="epoch" if output_dir else "no", num_train_epochs=config.n_epochs,
