@@ -71,10 +71,10 @@ def _rao_kupper_probes() -> list[Call]:
 
 
 _RAO_KUPPER = Exercise("rlhf_course.tiny_arena:rao_kupper", _rao_kupper_probes, (
-    ("You reshaped (3, n) into (n, 3), which scrambles the entries: stack along the last axis, or transpose.",
-     lambda margins, tie_margin=0.0: _columns(*_win_and_lose(margins, tie_margin), axis=0).reshape(-1, 3)),
     ("You have a and b the wrong way round: a large positive margin means that a wins, so e^{-d} belongs to P(a).",
      lambda margins, tie_margin=0.0: _columns(*_win_and_lose(margins, tie_margin)[::-1])),
+    ("You reshaped (3, n) into (n, 3), which scrambles the entries: stack along the last axis, or transpose.",
+     lambda margins, tie_margin=0.0: _columns(*_win_and_lose(margins, tie_margin), axis=0).reshape(-1, 3)),
     ("You left out theta: the tie margin changes nothing, and there are never ties.",
      lambda margins, tie_margin=0.0: _columns(*_win_and_lose(margins, 0.0))),
     ("You used the tie margin itself as theta: theta is e^{tie_margin}, which is 1 and not 0 when there are no ties.",
