@@ -441,7 +441,7 @@ def draw_reward_model(
     run.figures[title] = figure_to_data_uri(fig)
     decided = [i for i, winner in enumerate(judged["winner"]) if winner != "tie"]
     if len(decided) >= 20:
-        title = "Reward model: predicted and observed, on comparisons it has not seen"
+        title = "Reward model: are its probabilities right?"
         happened = [judged["winner"][i] == "a" for i in decided]
         run.figures[title] = figure_to_data_uri(reliability(title, torch.sigmoid(margins[decided]).tolist(), happened))
 
