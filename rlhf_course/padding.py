@@ -96,6 +96,7 @@ def tokenize_pairs(
 ) -> Dataset:  # PAIR_COLUMNS: token ids and masks (lists, not padded), and label (0 a won, 1 b won, 2 tie)
     """Comparisons as token ids: for each response one sequence, the conversation of the prompt and that response.
 
+    A response that several neighbouring comparisons share is tokenized once.
     Raises: ValueError for an empty set and for a sequence over `max_length`; nothing is ever cut.
     """
     if len(comparisons) == 0:
@@ -103,8 +104,11 @@ def tokenize_pairs(
 
     def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         columns: dict[str, list] = {"label": [LABELS[winner] for winner in batch["winner"]]}
-        for side in ("a", "b"):
-            ids = encode_conversations(batch["prompt"], batch[f"response_{side}"], tokenizer)
+        sides = {side: list(zip(batch["prompt"], batch[f"response_{side}"])) for side in ("a", "b")}
+        distinct = list(dict.fromkeys(sides["a"] + sides["b"]))  # comparisons of one prompt often share responses
+        tokens = dict(zip(distinct, encode_conversations(*zip(*distinct), tokenizer)))
+        for side, conversations in sides.items():
+            ids = [tokens[conversation] for conversation in conversations]
             _refuse_long(ids, indices, side, max_length)
             columns |= {f"input_ids_{side}": ids, f"attention_mask_{side}": [[1] * len(i) for i in ids]}
         return columns

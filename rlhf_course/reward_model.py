@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'ensure_pad_token', 'head_name', 'new_reward_model',
            'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'SharedPairCollator',
-           'prompt_blocks', 'BlockSampler', 'RewardTrainer', 'ProgressBar', 'reward_optimizer', 'train_reward_model',
-           'reward_accuracy', 'reward_log_loss', 'accuracy_interval', 'evaluate_rewards', 'save_reward_model']
+           'prompt_blocks', 'BlockSampler', 'length_groups', 'score_in_groups', 'RewardTrainer', 'ProgressBar',
+           'reward_optimizer', 'train_reward_model', 'reward_accuracy', 'reward_log_loss', 'accuracy_interval',
+           'evaluate_rewards', 'save_reward_model']
 
 # %% ../nbs/04_reward_model.ipynb #bb1cc561
 import math
@@ -172,14 +173,14 @@ def attention_targets(
 @dataclass(frozen=True)
 class RewardConfig:
     "How to train a reward model."
-    lora_r: int = 64 # rank of the update, at least 1
+    lora_r: int = 32 # rank of the update, at least 1
     lora_alpha: int = 64 # the update is scaled by lora_alpha / lora_r
     learning_rate: float = 1.5e-3 # of Adam for the adapters, at the top of the schedule
     head_learning_rate: float = 1e-2 # of Adam for the head, which starts from noise and has far to go
     warmup_ratio: float = 0.05 # share of the steps that warm up
     decay_ratio: float = 0.4 # share of the steps, at the end, over which the learning rate falls to zero
     n_epochs: int = 1 # passes over the comparisons
-    batch_size: int = 112 # comparisons a step; all pairs of eight responses to four prompts
+    batch_size: int = 56 # comparisons a step; all pairs of eight responses to two prompts
     seed: int = 0 # of the head, the adapters and the order of batches
 
     def __post_init__(self):
@@ -229,29 +230,47 @@ def prompt_blocks(
 
 # %% ../nbs/04_reward_model.ipynb #e1e5edd4
 class BlockSampler(Sampler):
-    "Row numbers in an order that is new in each pass: blocks together, batches of similar length, batches shuffled."
+    "Row numbers in an order that is new in each pass; the rows of a block stay together."
 
     def __init__(
         self,
         blocks: Sequence[Sequence[int]], # from `prompt_blocks`
-        lengths: Sequence[int], # tokens of each row's longer sequence
-        batch_size: int, # rows in a batch
         seed: int = 0, # the same seed gives the same orders
     ):
-        self.blocks, self.lengths, self.batch_size, self.rng = blocks, lengths, batch_size, random.Random(seed)
+        self.blocks, self.rng = blocks, random.Random(seed)
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
 
     def __iter__(self) -> Iterator[int]:
-        longest = lambda block: max(self.lengths[row] for row in block)
-        blocks = self.rng.sample(self.blocks, len(self.blocks))
-        per_stretch = 16 * self.batch_size * len(blocks) // len(self) or 1 # blocks in sixteen batches
-        for start in range(0, len(blocks), per_stretch):
-            rows = [row for block in sorted(blocks[start:start + per_stretch], key=longest) for row in block]
-            batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            last = [batches.pop()] if len(batches[-1]) < self.batch_size else [] # an incomplete batch would shift the others
-            yield from (row for batch in self.rng.sample(batches, len(batches)) + last for row in batch)
+        return iter([row for block in self.rng.sample(self.blocks, len(self.blocks)) for row in block])
+
+# %% ../nbs/04_reward_model.ipynb #bdf71c36
+def length_groups(
+    lengths: Sequence[int], # tokens of each row, at least 1
+    ratio: float = 1.5, # most that the longest row of a group may be of its shortest, at least 1
+) -> list[list[int]]: # row numbers, shortest first; each row in one group
+    "Rows of similar length; at most a share of 1 - 1 / ratio of a group is padding."
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not groups or lengths[row] > ratio * lengths[groups[-1][0]]: groups.append([])
+        groups[-1].append(row)
+    return groups
+
+# %% ../nbs/04_reward_model.ipynb #1311475c
+def score_in_groups(
+    model: PreTrainedModel, # a sequence classifier with one output
+    input_ids: Tensor, # padded on either side, (B, T) long
+    attention_mask: Tensor, # 1 for real tokens, (B, T) long
+) -> Tensor: # score of each conversation, (B,) float, in the order given
+    "`score_sequences` in groups of similar length, each only as wide as it needs to be."
+    groups = length_groups(attention_mask.sum(1).tolist())
+    scores = []
+    for rows in groups:
+        used = attention_mask[rows].any(0) # columns in which some row of the group has a token
+        scores.append(score_sequences(model, input_ids[rows][:, used], attention_mask[rows][:, used]))
+    place = torch.tensor([row for rows in groups for row in rows], device=input_ids.device)
+    return torch.cat(scores)[place.argsort()]
 
 # %% ../nbs/04_reward_model.ipynb #ee790e65
 class RewardTrainer(Trainer):
@@ -267,7 +286,7 @@ class RewardTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of one batch, and the margins (score of a minus score of b) as `logits`."
-        scores_a, scores_b = score_sequences(model, inputs["input_ids"], inputs["attention_mask"])[inputs["pairs"]].T
+        scores_a, scores_b = score_in_groups(model, inputs["input_ids"], inputs["attention_mask"])[inputs["pairs"]].T
         loss = bradley_terry_loss(scores_a, scores_b, inputs["labels"])
         return (loss, {"loss": loss, "logits": scores_a - scores_b}) if return_outputs else loss
 
@@ -322,8 +341,7 @@ def train_reward_model(
     order = sorted(range(len(prompts)), key=prompts.__getitem__) # stable: comparisons that share responses become neighbours
     train, prompts = train.select(order), [prompts[i] for i in order]
     adapted, pairs = add_lora(model, config), tokenize_pairs(train, tokenizer)
-    lengths = [max(len(a), len(b)) for a, b in zip(pairs["input_ids_a"], pairs["input_ids_b"])]
-    sampler = BlockSampler(prompt_blocks(prompts), lengths, config.batch_size, config.seed)
+    sampler = BlockSampler(prompt_blocks(prompts), config.seed)
     with tempfile.TemporaryDirectory() as scratch, _expected_warnings():
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch), save_strategy="epoch" if output_dir else "no", num_train_epochs=config.n_epochs,
