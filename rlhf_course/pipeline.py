@@ -51,7 +51,7 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=150_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+ARENA = Sizes(n_comparisons=160_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
               n_updates=24, max_new_tokens=48, n_eval=1_000)
 ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_000, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
@@ -302,7 +302,7 @@ def stage_reward_model(
 ) -> None:
     "A reward model trained on the comparisons, and how often it agrees with judgements it has not seen."
     from rlhf_course.reward_model import RewardConfig, evaluate_rewards, new_reward_model, save_reward_model, train_reward_model
-    config = RewardConfig(seed=run.options.seed, batch_size=56 if run.options.data is None else 28)
+    config = RewardConfig(seed=run.options.seed, batch_size=112 if run.options.data is None else 28)
     model = new_reward_model(run.model_source, run.tokenizer, run.options.seed)
     trained, log = train_reward_model(model, run.tokenizer, run.train, config)
     fresh, bayes = fresh_comparisons(run)
@@ -369,13 +369,14 @@ def stage_rlhf(
     "The language model tuned against the reward model."
     if not run.is_decoder: return
     from rlhf_course.reward_model import score_responses
-    from rlhf_course.rlhf import RLHFConfig, train_rlhf
+    from rlhf_course.rlhf import RLHFConfig, center_rewards, train_rlhf
     on_file = run.options.data is not None
     config = RLHFConfig(seed=run.options.seed, n_updates=run.sizes.n_updates, max_new_tokens=run.sizes.max_new_tokens,
                         **({"batch_size": 32, "minibatch_size": 16} if on_file else {}))
     reward_fn = lambda prompts, responses: score_responses(run.reward_model, run.tokenizer, prompts, responses)
     train_prompts, eval_prompts = rlhf_prompts(run)
     policy, ref_model = make_policy(run)
+    reward_fn = center_rewards(reward_fn, policy.model, run.tokenizer, eval_prompts[:256], config) # 0: an average response before tuning
     before = judge_policy(run, policy, ref_model, eval_prompts, reward_fn, config)
     history = train_rlhf(policy, ref_model, run.tokenizer, train_prompts, reward_fn, config)
     after = judge_policy(run, policy, ref_model, eval_prompts, reward_fn, config)

@@ -114,6 +114,7 @@ def new_reward_model(
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, pad_token_id=tokenizer.pad_token_id,
                                                                    dtype=torch.float32)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings: model.resize_token_embeddings(len(tokenizer))
+    model.config.use_cache = False # keys and values of a sequence that is read once need not be kept
     head = getattr(model, head_name(model))
     if isinstance(head, nn.Linear):
         generator = torch.Generator().manual_seed(seed)
@@ -174,13 +175,13 @@ def attention_targets(
 class RewardConfig:
     "How to train a reward model."
     lora_r: int = 32 # rank of the update, at least 1
-    lora_alpha: int = 64 # the update is scaled by lora_alpha / lora_r
+    lora_alpha: int = 96 # the update is scaled by lora_alpha / lora_r
     learning_rate: float = 1.5e-3 # of Adam for the adapters, at the top of the schedule
     head_learning_rate: float = 1e-2 # of Adam for the head, which starts from noise and has far to go
     warmup_ratio: float = 0.05 # share of the steps that warm up
     decay_ratio: float = 0.4 # share of the steps, at the end, over which the learning rate falls to zero
     n_epochs: int = 1 # passes over the comparisons
-    batch_size: int = 56 # comparisons a step; all pairs of eight responses to two prompts
+    batch_size: int = 112 # comparisons a step; all pairs of eight responses to four prompts
     seed: int = 0 # of the head, the adapters and the order of batches
 
     def __post_init__(self):
@@ -248,7 +249,7 @@ class BlockSampler(Sampler):
 # %% ../nbs/04_reward_model.ipynb #bdf71c36
 def length_groups(
     lengths: Sequence[int], # tokens of each row, at least 1
-    ratio: float = 1.5, # most that the longest row of a group may be of its shortest, at least 1
+    ratio: float = 2.0, # most that the longest row of a group may be of its shortest, at least 1
 ) -> list[list[int]]: # row numbers, shortest first; each row in one group
     "Rows of similar length; at most a share of 1 - 1 / ratio of a group is padding."
     groups: list[list[int]] = []

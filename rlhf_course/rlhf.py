@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RewardFn', 'PolicyWithValue', 'shape_rewards', 'RLHFConfig', 'Rollout', 'score_rollout', 'evaluate_tokens',
-           'collect_rollout', 'rollout_advantages', 'minibatches', 'update_policy', 'rollout_stats', 'train_rlhf']
+           'collect_rollout', 'center_rewards', 'rollout_advantages', 'minibatches', 'update_policy', 'rollout_stats',
+           'train_rlhf']
 
 # %% ../nbs/06_rlhf.ipynb #daceae23
 import contextlib
@@ -199,6 +200,25 @@ def collect_rollout(
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef)
     return Rollout(input_ids, attention_mask, mask, logprobs, ref_logprobs, values, scores, rewards, sample.ended, prompts, responses)
 
+# %% ../nbs/06_rlhf.ipynb #106546fa
+def center_rewards(
+    reward_fn: RewardFn, # prompts and responses -> scores
+    model: PreTrainedModel | PeftModel, # before tuning
+    tokenizer: PreTrainedTokenizerBase, # its tokenizer
+    prompts: Sequence[str], # what it responds to, once each
+    config: RLHFConfig, # length, temperature and seed of the responses
+) -> RewardFn: # the same scores minus a constant
+    """A reward whose zero is the mean score of the model's own responses.
+
+    Source: Ouyang et al. (2022), section 3.5 (reward modeling).
+    """
+    prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, list(prompts)))
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    sample = sample_responses(model, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                              pad_token_id=tokenizer.pad_token_id, temperature=config.temperature, generator=generator)
+    offset = float(reward_fn(list(prompts), tokenizer.batch_decode(sample.response_ids, skip_special_tokens=True)).mean())
+    return lambda prompts, responses: reward_fn(prompts, responses) - offset
+
 # %% ../nbs/06_rlhf.ipynb #38e869d6
 def rollout_advantages(
     rollout: Rollout, # from `collect_rollout`
@@ -264,15 +284,27 @@ def rollout_stats(
             "explained_variance": float(explained_variance(rollout.values, returns, rollout.mask))}
 
 # %% ../nbs/06_rlhf.ipynb #7f7e3c5a
+def _check_missing_end(rollout: Rollout, config: RLHFConfig) -> None:
+    "Raises where being cut off pays."
+    if not rollout.ended.any(): return
+    mean = float(rollout.scores[rollout.ended].mean())
+    if mean < config.missing_end_score:
+        raise bad_argument("train_rlhf", "missing_end_score", f"below {mean:.2f}, the mean score of responses that end",
+                           config.missing_end_score, "shift the rewards with center_rewards, or lower it")
+
+# %% ../nbs/06_rlhf.ipynb #7312e485
 def train_rlhf(
     policy: PolicyWithValue, # trained in place
     ref_model: PreTrainedModel | None, # before tuning; None: the policy with its adapters switched off
     tokenizer: PreTrainedTokenizerBase, # of both
     prompts: Sequence[str], # what to respond to, drawn at random
-    reward_fn: RewardFn, # prompts and responses -> scores
+    reward_fn: RewardFn, # prompts and responses -> scores; a learned one from `center_rewards`
     config: RLHFConfig = RLHFConfig(), # how
 ) -> list[dict[str, float]]: # one row of statistics an update
-    "Tunes a language model to write responses with a high reward that stay close to the reference."
+    """Tunes a language model to write responses with a high reward that stay close to the reference.
+
+    Raises: `ValueError` where a response that never ends would score more than the average one that does.
+    """
     optimizer = torch.optim.Adam([
         {"params": [p for p in policy.model.parameters() if p.requires_grad], "lr": config.learning_rate},
         {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate}], eps=1e-5)
@@ -283,6 +315,7 @@ def train_rlhf(
     for update in tqdm(range(config.n_updates), desc="PPO", unit="update"):
         started = time.perf_counter()
         rollout = collect_rollout(policy, ref_model, tokenizer, rng.choices(prompts, k=config.batch_size), reward_fn, config, generator)
+        if update == 0: _check_missing_end(rollout, config)
         stats = rollout_stats(rollout, config)
         if stats["kl"] > config.max_kl: break
         stats |= update_policy(policy, optimizer, rollout, config, shuffler)
