@@ -51,7 +51,7 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=160_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+ARENA = Sizes(n_comparisons=150_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
               n_updates=24, max_new_tokens=48, n_eval=1_000)
 ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_000, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
@@ -470,6 +470,8 @@ def result_rows(
     "The numbers of a run that a reader wants first; what is not known is left out."
     data, language, reward, rlhf = (results[name] for name in ("data", "language_model", "reward_model", "rlhf"))
     number = lambda value: None if value is None else f"{value:.3f}"
+    share = None if rlhf["utility_best"] is None else (
+        (rlhf["utility_after"] - rlhf["utility_before"]) / (rlhf["utility_best"] - rlhf["utility_before"]))
     interval = reward["accuracy_ci95"] and "{:.3f} to {:.3f}".format(*reward["accuracy_ci95"])
     rows = [("comparisons: training / held out", f"{data['n_train']:,} / {data['n_valid']:,}"),
             ("language model: loss (nats a token)", number(language["valid_loss"])),
@@ -478,9 +480,10 @@ def result_rows(
             ("  Bayes accuracy: the limit", number(reward["bayes_accuracy"])),
             ("  choosing the longer response", number(reward["longer_response_accuracy"])),
             ("  always choosing b", number(reward["always_b_accuracy"])),
-            ("PPO: mean reward before", number(rlhf["reward_before"])), ("  after", number(rlhf["reward_after"])),
+            ("PPO: mean reward before (0: untuned)", number(rlhf["reward_before"])), ("  after", number(rlhf["reward_after"])),
             ("  mean true utility before", number(rlhf["utility_before"])), ("  after", number(rlhf["utility_after"])),
-            ("  best possible", number(rlhf["utility_best"])), ("  divergence (nats a response)", number(rlhf["kl"])),
+            ("  best possible", number(rlhf["utility_best"])), ("  share of the way to it", number(share)),
+            ("  divergence (nats a response)", number(rlhf["kl"])),
             ("seconds in all", number(results["seconds"]["total"])),
             ("peak memory (MB)", results["peak_memory_mb"] and f"{results['peak_memory_mb']:,.0f}")]
     return [(name, value) for name, value in rows if value is not None]

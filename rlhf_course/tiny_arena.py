@@ -433,8 +433,9 @@ def label_probabilities(
     labeler: Labeler = Labeler(), # the judge
 ) -> np.ndarray: # probability of a, of b and of a tie for each row, (n, 3) float
     "What the labeler would say, as probabilities."
-    utilities = np.array([[utility(arena, row["prompt"], row[side]) for side in ("response_a", "response_b")]
-                          for row in rows], dtype=float).reshape(-1, 2)
+    sides = [[(row["prompt"], row[side]) for side in ("response_a", "response_b")] for row in rows]
+    value = {text: utility(arena, *text) for text in {text for pair in sides for text in pair}} # comparisons may share responses
+    utilities = np.array([[value[text] for text in pair] for pair in sides], dtype=float).reshape(-1, 2)
     words = np.array([[len(row[side].split()) for side in ("response_a", "response_b")] for row in rows]).reshape(-1, 2)
     margins = ((utilities[:, 0] - utilities[:, 1]) / labeler.temperature
                + labeler.length_bias * (words[:, 0] - words[:, 1]) + labeler.position_bias)
