@@ -475,6 +475,8 @@ def count_tokens(
 
     Raises: ValueError for an empty set.
     """
+    from datasets import Dataset
+
     if len(comparisons) == 0:
         raise bad_argument("count_tokens", "comparisons", "at least one row", "none", "look at the last filter's report")
 
@@ -483,12 +485,13 @@ def count_tokens(
         return {"n_tokens": [len(i) for i in ids]}
 
     columns = {name: comparisons[text][:] for name, text in zip(TOKEN_COUNTS, COLUMNS)}
-    texts = type(comparisons).from_dict({"text": list(dict.fromkeys(t for column in columns.values() for t in column))})
+    texts = Dataset.from_dict({"text": list(dict.fromkeys(t for column in columns.values() for t in column))})
     n_tokens = dict(zip(texts["text"][:], texts.map(count, batched=True, desc="Counting tokens")["n_tokens"][:]))
-    counted = comparisons.remove_columns([name for name in TOKEN_COUNTS if name in comparisons.column_names])
+    table = comparisons.with_format("arrow")[:]  # in Arrow: `Dataset.add_column` would copy a selection row by row
+    table = table.drop_columns([name for name in TOKEN_COUNTS if name in table.column_names])
     for name, column in columns.items():
-        counted = counted.add_column(name, [n_tokens[text] for text in column])
-    return counted
+        table = table.append_column(name, [[n_tokens[text] for text in column]])
+    return Dataset(table)
 
 # %% ../nbs/01_preferences.ipynb #198b0a65
 def _counted(comparisons: Dataset, tokenizer: Any, function: str) -> Dataset:
