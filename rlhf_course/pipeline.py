@@ -52,7 +52,7 @@ class Sizes:
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
 ARENA = Sizes(n_comparisons=160_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
-              n_updates=24, max_new_tokens=48, n_eval=1_000)
+              n_updates=16, max_new_tokens=48, n_eval=600)
 ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_000, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
              n_updates=12, max_new_tokens=48, n_eval=64)
