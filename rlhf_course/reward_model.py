@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'ensure_pad_token', 'head_name', 'new_reward_model',
            'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'SharedPairCollator',
-           'prompt_blocks', 'BlockSampler', 'length_groups', 'score_in_groups', 'RewardTrainer', 'ProgressBar',
+           'shared_blocks', 'BlockSampler', 'length_groups', 'score_in_groups', 'RewardTrainer', 'ProgressBar',
            'reward_optimizer', 'train_reward_model', 'reward_accuracy', 'reward_log_loss', 'accuracy_interval',
            'evaluate_rewards', 'save_reward_model']
 
@@ -25,7 +25,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import (AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer,
                           TrainerCallback, TrainingArguments, set_seed)
@@ -181,7 +181,7 @@ class RewardConfig:
     warmup_ratio: float = 0.05 # share of the steps that warm up
     decay_ratio: float = 0.4 # share of the steps, at the end, over which the learning rate falls to zero
     n_epochs: int = 1 # passes over the comparisons
-    batch_size: int = 112 # comparisons a step; all pairs of eight responses to four prompts
+    batch_size: int = 112 # comparisons a step, on average; all pairs of eight responses to four prompts
     seed: int = 0 # of the head, the adapters and the order of batches
 
     def __post_init__(self):
@@ -218,33 +218,42 @@ class SharedPairCollator(PairCollator):
                 "labels": torch.tensor([int(row["label"]) for row in rows])}
 
 # %% ../nbs/04_reward_model.ipynb #16c864c5
-def prompt_blocks(
-    prompts: Sequence[str], # prompt of each row
+def shared_blocks(
+    conversations_a: Sequence[tuple[str, str]], # prompt and first response of each row
+    conversations_b: Sequence[tuple[str, str]], # prompt and second response
     max_size: int = 28, # longest block, so that a batch has several prompts
 ) -> list[list[int]]: # row numbers, each row in one block
-    "Runs of neighbouring rows with the same prompt, long ones cut."
+    "Runs of neighbouring rows, each sharing a response with an earlier row of its block; long ones cut."
     blocks: list[list[int]] = []
-    for row, prompt in enumerate(prompts):
-        if row == 0 or prompt != prompts[row - 1] or len(blocks[-1]) == max_size: blocks.append([])
+    seen: set[tuple[str, str]] = set()
+    for row, pair in enumerate(zip(conversations_a, conversations_b, strict=True)):
+        if row == 0 or seen.isdisjoint(pair) or len(blocks[-1]) == max_size:
+            blocks.append([])
+            seen = set()
         blocks[-1].append(row)
+        seen.update(pair)
     return blocks
 
 # %% ../nbs/04_reward_model.ipynb #e1e5edd4
 class BlockSampler(Sampler):
-    "Row numbers in an order that is new in each pass; the rows of a block stay together."
+    "Batches of row numbers, each of equally many whole blocks, in an order that is new in each pass."
 
     def __init__(
         self,
-        blocks: Sequence[Sequence[int]], # from `prompt_blocks`
+        blocks: Sequence[Sequence[int]], # from `shared_blocks`, at least one
+        batch_size: int, # rows in a batch, on average
         seed: int = 0, # the same seed gives the same orders
     ):
         self.blocks, self.rng = blocks, random.Random(seed)
+        self.blocks_per_batch = max(1, round(batch_size * len(blocks) / sum(map(len, blocks))))
 
-    def __len__(self) -> int:
-        return sum(map(len, self.blocks))
+    def __len__(self) -> int: # batches
+        return math.ceil(len(self.blocks) / self.blocks_per_batch)
 
-    def __iter__(self) -> Iterator[int]:
-        return iter([row for block in self.rng.sample(self.blocks, len(self.blocks)) for row in block])
+    def __iter__(self) -> Iterator[list[int]]:
+        blocks = self.rng.sample(self.blocks, len(self.blocks))
+        for start in range(0, len(blocks), self.blocks_per_batch):
+            yield [row for block in blocks[start:start + self.blocks_per_batch] for row in block]
 
 # %% ../nbs/04_reward_model.ipynb #bdf71c36
 def length_groups(
@@ -275,15 +284,16 @@ def score_in_groups(
 
 # %% ../nbs/04_reward_model.ipynb #ee790e65
 class RewardTrainer(Trainer):
-    "transformers' `Trainer` with the Bradley-Terry loss on batches of `SharedPairCollator`, drawn by a sampler."
+    "transformers' `Trainer` with the Bradley-Terry loss on batches of `SharedPairCollator`, drawn by a batch sampler."
 
-    def __init__(self, *args, train_sampler: Sampler, **kwargs):
+    def __init__(self, *args, batch_sampler: Sampler, **kwargs):
         super().__init__(*args, **kwargs)
-        self.train_sampler = train_sampler
+        self.batch_sampler = batch_sampler
         self.model_accepts_loss_kwargs = False # the loss is a mean: divide it by the accumulation steps
 
-    def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return self.train_sampler
+    def get_train_dataloader(self) -> DataLoader:
+        "The batches of the sampler."
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=self.batch_sampler, collate_fn=self.data_collator))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of one batch, and the margins (score of a minus score of b) as `logits`."
@@ -338,19 +348,20 @@ def train_reward_model(
 ) -> tuple[PeftModel, list[dict]]: # the trained model in eval mode, and the log of losses
     "A reward model trained on comparisons with LoRA."
     set_seed(config.seed)
-    prompts = list(train["prompt"])
+    prompts = train["prompt"][:]
     order = sorted(range(len(prompts)), key=prompts.__getitem__) # stable: comparisons that share responses become neighbours
-    train, prompts = train.select(order), [prompts[i] for i in order]
-    adapted, pairs = add_lora(model, config), tokenize_pairs(train, tokenizer)
-    sampler = BlockSampler(prompt_blocks(prompts), config.seed)
+    adapted, pairs = add_lora(model, config), tokenize_pairs(train.select(order), tokenizer)
+    sides = [train[f"response_{side}"][:] for side in "ab"]
+    blocks = shared_blocks(*([(prompts[row], texts[row]) for row in order] for texts in sides))
+    sampler = BlockSampler(blocks, config.batch_size, config.seed)
     with tempfile.TemporaryDirectory() as scratch, _expected_warnings():
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch), save_strategy="epoch" if output_dir else "no", num_train_epochs=config.n_epochs,
             per_device_train_batch_size=config.batch_size, remove_unused_columns=False, label_names=["labels"], logging_steps=10,
             report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False)
-        trainer = RewardTrainer(model=adapted, args=arguments, train_dataset=pairs, train_sampler=sampler,
+        trainer = RewardTrainer(model=adapted, args=arguments, train_dataset=pairs, batch_sampler=sampler,
                                 data_collator=SharedPairCollator(tokenizer.pad_token_id), callbacks=[ProgressBar("reward model")],
-                                optimizers=reward_optimizer(adapted, config, n_steps=math.ceil(len(pairs) / config.batch_size) * config.n_epochs))
+                                optimizers=reward_optimizer(adapted, config, n_steps=len(sampler) * config.n_epochs))
         trainer.remove_callback(PrinterCallback) # the log is returned, not printed
         trainer.train()
     return adapted.eval(), [entry for entry in trainer.state.log_history if "loss" in entry]
