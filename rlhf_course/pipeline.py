@@ -303,7 +303,7 @@ def stage_reward_model(
     "A reward model trained on the comparisons, and how often it agrees with judgements it has not seen."
     from rlhf_course.reward_model import RewardConfig, evaluate_rewards, new_reward_model, save_reward_model, train_reward_model
     config = RewardConfig(seed=run.options.seed)
-    if run.options.data is not None: # fewer comparisons that share no responses, a model that knows less: smaller, gentler steps
+    if run.options.data is not None: # fewer comparisons, and a model that may know little: smaller batches, gentler steps
         config = replace(config, batch_size=28, learning_rate=5e-4, head_learning_rate=3e-3)
     model = new_reward_model(run.model_source, run.tokenizer, run.options.seed)
     trained, log = train_reward_model(model, run.tokenizer, run.train, config)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .checks import bad_argument
 from .policy_gradient import compute_gae
 from .ppo import explained_variance, normalize_advantages, ppo_loss
-from .tiny_lm import encode_prompts, position_ids, response_logprobs, sample_responses
+from .tiny_lm import Sample, encode_prompts, position_ids, response_logprobs, sample_responses
 
 # %% ../nbs/06_rlhf.ipynb #65a44cba
 class PolicyWithValue(nn.Module):
@@ -173,6 +173,15 @@ def evaluate_tokens(
     return tuple(torch.where(mask, x.T, 0.0) for x in (logprobs, values, entropy))
 
 # %% ../nbs/06_rlhf.ipynb #6287e49a
+def _respond(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], config: RLHFConfig,
+             generator: torch.Generator) -> tuple[Tensor, Tensor, Sample, list[str]]:
+    "The prompts as ids and mask, (B, P) long; the sample of `sample_responses`; and the responses as texts."
+    prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, prompts))
+    sample = sample_responses(model, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                              pad_token_id=tokenizer.pad_token_id, temperature=config.temperature, generator=generator)
+    return prompt_ids, prompt_mask, sample, tokenizer.batch_decode(sample.response_ids, skip_special_tokens=True)
+
+# %% ../nbs/06_rlhf.ipynb #c1c8756e
 @torch.no_grad()
 def collect_rollout(
     policy: PolicyWithValue, # writes the responses
@@ -184,10 +193,7 @@ def collect_rollout(
     generator: torch.Generator, # source of randomness, on the model's device
 ) -> Rollout: # one response a prompt
     "Responses of the policy to the prompts, scored."
-    prompt_ids, prompt_mask = (x.to(policy.model.device) for x in encode_prompts(tokenizer, prompts))
-    sample = sample_responses(policy.model, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens,
-                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                              temperature=config.temperature, generator=generator)
+    prompt_ids, prompt_mask, sample, responses = _respond(policy.model, tokenizer, prompts, config, generator)
     input_ids = torch.cat([prompt_ids, sample.response_ids], 1)
     attention_mask = torch.cat([prompt_mask, sample.response_mask.long()], 1)
     mask = sample.response_mask.T
@@ -195,7 +201,6 @@ def collect_rollout(
     with _reference(policy, ref_model) as reference:
         ref_logprobs = response_logprobs(reference, prompt_ids, prompt_mask, sample.response_ids, sample.response_mask,
                                          config.temperature).T
-    responses = tokenizer.batch_decode(sample.response_ids, skip_special_tokens=True)
     scores = score_rollout(reward_fn, prompts, responses, sample.ended, config.missing_end_score).to(input_ids.device)
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=config.kl_coef)
     return Rollout(input_ids, attention_mask, mask, logprobs, ref_logprobs, values, scores, rewards, sample.ended, prompts, responses)
@@ -212,11 +217,9 @@ def center_rewards(
 
     Source: Ouyang et al. (2022), section 3.5 (reward modeling).
     """
-    prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, list(prompts)))
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    sample = sample_responses(model, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                              pad_token_id=tokenizer.pad_token_id, temperature=config.temperature, generator=generator)
-    offset = float(reward_fn(list(prompts), tokenizer.batch_decode(sample.response_ids, skip_special_tokens=True)).mean())
+    *_, responses = _respond(model, tokenizer, list(prompts), config, generator)
+    offset = float(reward_fn(list(prompts), responses).mean())
     return lambda prompts, responses: reward_fn(prompts, responses) - offset
 
 # %% ../nbs/06_rlhf.ipynb #38e869d6
