@@ -7,14 +7,18 @@ __all__ = ['Call', 'EXERCISES', 'call', 'Exercise', 'find_exercise']
 
 # %% ../nbs/93_exercise_bank.ipynb #11306e14
 import importlib
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .checks import bad_argument
+from .memory import ModelShape
 
 # %% ../nbs/93_exercise_bank.ipynb #38dfcb38
 Call = tuple[tuple, dict]  # positional and named arguments of one call
@@ -323,9 +327,1104 @@ _POSITION_IDS = Exercise("rlhf_course.tiny_lm:position_ids", _position_ids_probe
      lambda mask: mask.long()),
 ), relevant=_up_to_last_token)
 
+# %% ../nbs/93_exercise_bank.ipynb #2338fc0e
+def _talk(*turns: str) -> list[dict[str, str]]:
+    "Messages from turns such as `u:Hi` (user), `a:Hello` (assistant) and `s:Be kind` (system)."
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
+
+
+def _shared_prompt_probes() -> list[Call]:
+    "One turn, several, equal, of two lengths, no prompt, roles that differ, and messages that are alike again later."
+    pairs = [(("u:Hi", "a:Hello"), ("u:Hi", "a:Hey")), (("u:Hi", "a:Hello", "u:Bye", "a:Ciao"), ("u:Hi", "a:Hello", "u:Bye", "a:Away")),
+             (("u:Hi", "a:Hello", "u:Bye", "a:Ciao"), ("u:Hi", "a:Hey", "u:Bye", "a:Away")),
+             (("u:Hi", "a:Hello"), ("u:Hi", "a:Hello", "u:Bye", "a:Ciao")), (("u:Hi", "a:Hello", "u:Bye", "a:Ciao"), ("u:Hi", "a:Hello")),
+             (("s:Be kind", "u:Hi", "a:Hello"), ("s:Be kind", "u:Hi", "a:Hey")), (("u:Hi", "a:Hello"), ("u:Hello", "a:Hello")),
+             (("s:Be kind", "a:Hello", "u:Hi", "a:Hm"), ("s:Be kind", "a:Hello", "a:Hi", "a:Oh")),
+             (("u:Hi", "a:Hello", "s:Be brief", "u:Bye"), ("u:Hi", "a:Hello", "s:Be brief", "a:Bye")),
+             (("u:Hi", "u:Hi", "u:There?", "a:Yes"), ("u:Hi", "u:Hi", "u:There?", "a:No")), (("u:Hi", "a:Hello"), ("u:Hi", "a:Hello")),
+             (("u:Hi", "u:Bye", "a:Ciao"), ("u:Bye", "u:Hi", "a:Ciao"))]
+    return [call(_talk(*a), _talk(*b)) for a, b in pairs]
+
+
+def _same_start(messages_a, messages_b, key=lambda message: message):
+    "The messages of side a as long as both sides have the same, not cut back."
+    same = [key(a) == key(b) for a, b in zip(messages_a, messages_b)]
+    return messages_a[:([*same, False].index(False))]
+
+
+def _to_user(messages):
+    "Cut back to end on a turn of the user."
+    ends = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return messages[: ends[-1] + 1] if ends else []
+
+
+_SHARED_PROMPT = Exercise("rlhf_course.loading:shared_prompt", _shared_prompt_probes, (
+    ("You did not cut back: where both sides also share an answer, the prompt must still end on a turn of the user.",
+     lambda a, b: _same_start(a, b)),
+    ("You drop one message at most: several in a row may not be the user's, so go on while the last one is not.",
+     lambda a, b: (lambda same: same[:-1] if same and same[-1]["role"] != "user" else same)(_same_start(a, b))),
+    ("You stopped at the first turn of the user: the prompt is the longest shared beginning, and may hold several.",
+     lambda a, b: _same_start(a, b)[: next((i + 1 for i, m in enumerate(_same_start(a, b)) if m["role"] == "user"), 0)]),
+    ("You always drop the last shared message: it stays when it is the user's.",
+     lambda a, b: _to_user(_same_start(a, b)[:-1])),
+    ("You compare contents only: the same words of another speaker are another message.",
+     lambda a, b: _to_user(_same_start(a, b, lambda m: m["content"]))),
+    ("You compare roles only: two messages are the same where their content is, too.",
+     lambda a, b: _to_user(_same_start(a, b, lambda m: m["role"]))),
+    ("You did not stop at the first difference: what comes after it is not shared, though it may look the same.",
+     lambda a, b: _to_user([x for x, y in zip(a, b) if x == y])),
+    ("You ask whether a message is anywhere on the other side: compare the same places, one after the other.",
+     lambda a, b: _to_user([x for x in a if x in b])),
+    ("You kept the user's messages only: the assistant's turns between them belong to the prompt.",
+     lambda a, b: [m for m in _same_start(a, b) if m["role"] == "user"]),
+    ("You go to the end of side a and beyond the end of side b: stop where the shorter one ends, as zip does.",
+     lambda a, b: _to_user(a[: next((i for i in range(len(a)) if a[i] != b[i]), len(a))])),
+    ("You took all but the last message of side a: whether side b says the same has to be looked at.",
+     lambda a, b: a[:-1]),
+    ("You returned contents: whole messages are wanted, with role and content.",
+     lambda a, b: [m["content"] for m in _to_user(_same_start(a, b))]),
+    ("You returned how many messages are shared: the messages themselves are wanted.",
+     lambda a, b: len(_to_user(_same_start(a, b)))),
+    ("You gave up when both conversations are the same: their prompt is all up to the last turn of the user.",
+     lambda a, b: [] if a == b else _to_user(_same_start(a, b))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #48f64fa2
+def _split_transcript_probes() -> list[Call]:
+    "Transcripts that are plain and odd, and texts that are no transcripts."
+    texts = ["\n\nHuman: Hi!\n\nAssistant: Hello.", "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Bye.\n\nAssistant: Ciao.",
+             "\n\nHuman: One\n\ntwo\nthree \n\nAssistant:  In water. ", "Human: Hi!\n\nAssistant:", "\n\nHuman: Hi!\n\nHuman: There?\n\nAssistant: Yes",
+             "\n\nHuman: Does Human: mean me?\nAssistant: or you?\n\nAssistant: Yes.", " \n\n\nHuman:Hi!\n\nAssistant:\n1. Egg", "",
+             "The sky is blue.", "Well:\n\nHuman: Hi!\n\nAssistant: Hello.", "\n\nAssistant: Hello.\n\nHuman: Hi!", "\n\nHuman: \n\nAssistant: \n\nHuman: Oh"]
+    return [call(text) for text in texts]
+
+
+def _turns(text, pattern=r"(?:\A\s*|\n\n)(Human|Assistant): ?", names=("user", "assistant"), strict=True, change=str):
+    "The solution with each of its parts open to change."
+    before, *parts = re.split(pattern, text)
+    roles = dict(zip(("Human", "Assistant"), names))
+    messages = [{"role": roles[s], "content": change(c)} for s, c in zip(parts[::2], parts[1::2])]
+    return [] if strict and before else messages
+
+
+def _first_pair(text):
+    "The first turn of each speaker."
+    messages = _turns(text)
+    firsts = [next((m for m in messages if m["role"] == role), None) for role in ("user", "assistant")]
+    return [m for m in firsts if m is not None]
+
+
+def _at_last_assistant(text):
+    "All before the last answer as the user's one turn, and that answer."
+    messages = _turns(text)
+    if len(messages) < 3 or messages[-1]["role"] != "assistant":
+        return messages
+    start = text.rindex("\n\nAssistant:")
+    return [{"role": "user", "content": re.sub(r"\A\s*Human: ?", "", text[:start])}, messages[-1]]
+
+
+_SPLIT_TRANSCRIPT = Exercise("rlhf_course.loading:split_transcript", _split_transcript_probes, (
+    ("You strip the contents: only one space behind the colon is markup, the rest is what somebody wrote.",
+     lambda text: _turns(text, change=str.strip)),
+    ("You strip all white space behind the colon: only one space is markup; a second one, or a line break, is text.",
+     lambda text: _turns(text, change=str.lstrip)),
+    ("You strip the white space at the end of a turn: it is part of the text.",
+     lambda text: _turns(text, change=str.rstrip)),
+    ("You left the space behind the colon in the content: one space, if there is one, is markup.",
+     lambda text: _turns(text, r"(?:\A\s*|\n\n)(Human|Assistant):")),
+    ("You want a space behind the colon: a turn may begin without one, as an empty one at the end does.",
+     lambda text: _turns(text, r"(?:\A\s*|\n\n)(Human|Assistant): ")),
+    ("You split wherever a speaker's name and a colon stand: a turn begins at the start of the text or after a blank line.",
+     lambda text: _turns(text, r"\s*\b(Human|Assistant): ?")),
+    ("You split at every line that starts with a speaker: a turn begins after a blank line, two line breaks.",
+     lambda text: _turns(text, r"(?:\A\s*|\n+)(Human|Assistant): ?")),
+    ("You allow no white space, or only a blank line, before the first turn: any white space may stand there, or none.",
+     lambda text: _turns(text, r"(?:\A|\n\n)(Human|Assistant): ?")),
+    ("You dropped the empty turns: a turn without text is still a turn.",
+     lambda text: [m for m in _turns(text) if m["content"].strip()]),
+    ("You kept the names of the transcript: the roles are user and assistant.",
+     lambda text: _turns(text, names=("Human", "Assistant"))),
+    ("You have the roles the wrong way round: Human is the user.",
+     lambda text: _turns(text, names=("assistant", "user"))),
+    ("You let the roles take turns: who speaks is what the transcript says, and the same speaker may come twice.",
+     lambda text: [{**m, "role": ("user", "assistant")[i % 2]} for i, m in enumerate(_turns(text))]),
+    ("You read the first question and the first answer only: a transcript goes on.", _first_pair),
+    ("You split off the last answer only: what comes before it are turns too.", _at_last_assistant),
+    ("You skip what stands before the first turn: a text that does not start with a turn is no transcript, and gives an empty list.",
+     lambda text: _turns(text, strict=False)),
+    ("You took a text without speakers for a turn of the user: it is no transcript, and gives an empty list.",
+     lambda text: _turns(text) or [{"role": "user", "content": text}]),
+    ("You returned contents: messages are wanted, with role and content.",
+     lambda text: [m["content"] for m in _turns(text)]),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #1c6ba81e
+def _low_rank_probes() -> list[Call]:
+    "Wide, tall and square matrices, ranks 1 to 4, small and large alpha."
+    draw = torch.Generator().manual_seed(0)
+    factors = lambda d_out, d_in, r: (torch.randn(r, d_in, generator=draw), torch.randn(d_out, r, generator=draw))
+    return [call(*factors(4, 6, 2), 8.0), call(*factors(6, 3, 1), 1.0), call(*factors(5, 5, 4), 0.5), call(*factors(4, 4, 4), alpha=16.0),
+            call(*factors(3, 8, 3), 3.0), call(torch.randn(2, 5, generator=draw), torch.zeros(4, 2), 4.0)]
+
+
+_LOW_RANK_UPDATE = Exercise("rlhf_course.lora:low_rank_update", _low_rank_probes, (
+    ("You left out 1 / r: the change is (alpha / r) B A, so that a higher rank does not make it larger.",
+     lambda A, B, alpha: alpha * (B @ A)),
+    ("You left out alpha: the change is (alpha / r) B A.",
+     lambda A, B, alpha: (B @ A) / len(A)),
+    ("You left out the factor: the change is (alpha / r) B A, not B A.",
+     lambda A, B, alpha: B @ A),
+    ("Your factor is upside down: alpha / r, not r / alpha.",
+     lambda A, B, alpha: (len(A) / alpha) * (B @ A)),
+    ("You multiplied by r: it divides.",
+     lambda A, B, alpha: alpha * len(A) * (B @ A)),
+    ("You divided by the square root of r: that is rank-stabilised LoRA; here the factor is alpha / r.",
+     lambda A, B, alpha: alpha / len(A) ** 0.5 * (B @ A)),
+    ("You took d_in for r: the rank is the number of rows of A, which is the number of columns of B.",
+     lambda A, B, alpha: alpha / A.shape[1] * (B @ A)),
+    ("You took d_out for r: the rank is the number of rows of A, which is the number of columns of B.",
+     lambda A, B, alpha: alpha / B.shape[0] * (B @ A)),
+    ("You multiplied in the wrong order: A B is r x r or does not exist; B A is d_out x d_in.",
+     lambda A, B, alpha: (alpha / len(A)) * (A @ B)),
+    ("Your change is transposed: d_out rows and d_in columns are wanted, B A.",
+     lambda A, B, alpha: (alpha / len(A)) * (B @ A).T),
+    ("You put the factor on both A and B, so it counts twice.",
+     lambda A, B, alpha: (alpha / len(A)) ** 2 * (B @ A)),
+    ("You cut alpha / r to a whole number: use / and not //.",
+     lambda A, B, alpha: (alpha // len(A)) * (B @ A)),
+))
+
+
+def _count_probes() -> list[Call]:
+    "Square, wide and tall matrices, several at once, none."
+    return [call([(4096, 4096)], 8), call([(1024, 4096), (4096, 1024), (14336, 4096)], 16), call([(3, 5)], 1), call([(5, 3)] * 4, r=2),
+            call([(7, 2), (2, 7)], 3), call([], 8), call([(64, 128)], 64)]
+
+
+_LORA_PARAMETER_COUNT = Exercise("rlhf_course.lora:lora_parameter_count", _count_probes, (
+    ("You counted the matrices themselves: they are frozen; B has d_out r numbers and A has r d_in.",
+     lambda shapes, r: sum(d_out * d_in for d_out, d_in in shapes)),
+    ("You counted the matrices and the adapters: the matrices are frozen and not trained.",
+     lambda shapes, r: sum(d_out * d_in + r * (d_out + d_in) for d_out, d_in in shapes)),
+    ("You counted A alone: B has d_out r numbers more.",
+     lambda shapes, r: sum(r * d_in for _, d_in in shapes)),
+    ("You counted B alone: A has r d_in numbers more.",
+     lambda shapes, r: sum(r * d_out for d_out, _ in shapes)),
+    ("You took all matrices for square with side d_in: B has d_out rows.",
+     lambda shapes, r: sum(2 * r * d_in for _, d_in in shapes)),
+    ("You took all matrices for square with side d_out: A has d_in columns.",
+     lambda shapes, r: sum(2 * r * d_out for d_out, _ in shapes)),
+    ("You multiplied by r twice: A and B have r rows or columns, once each.",
+     lambda shapes, r: sum(r * r * (d_out + d_in) for d_out, d_in in shapes)),
+    ("You multiplied d_out and d_in: that is the size of B A, which is never stored; A and B add up to r (d_out + d_in).",
+     lambda shapes, r: sum(r * d_out * d_in for d_out, d_in in shapes)),
+    ("You left out r: each of its r directions has d_out + d_in numbers.",
+     lambda shapes, r: sum(d_out + d_in for d_out, d_in in shapes)),
+    ("You counted one matrix only: sum over all shapes.",
+     lambda shapes, r: next((r * (d_out + d_in) for d_out, d_in in shapes), 0)),
+    ("You counted the last matrix only: sum over all shapes.",
+     lambda shapes, r: r * sum([*shapes][-1]) if shapes else 0),
+))
+
+
+def _svd_cut(change, r, weight=lambda S: S, keep=slice(None)):
+    "B with the weighted singular values and A, from the values that `keep` picks first."
+    U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+    U, S, Vh = U[:, keep], S[keep], Vh[keep]
+    return U[:, :r] * weight(S[:r]), Vh[:r]
+
+
+def _best_low_rank_probes() -> list[Call]:
+    "Wide, tall and square matrices with well separated singular values, ranks from 1 to all."
+    draw = torch.Generator().manual_seed(3)
+    def matrix(d_out, d_in):
+        n = min(d_out, d_in)
+        left, right = (torch.linalg.qr(torch.randn(d, n, generator=draw, dtype=torch.double))[0] for d in (d_out, d_in))
+        return (left * (5.0 * 0.6 ** torch.arange(n, dtype=torch.double))) @ right.T
+    return [call(matrix(6, 4), 2), call(matrix(4, 7), 1), call(matrix(5, 5), 3), call(matrix(5, 5), 5), call(matrix(8, 3), r=2)]
+
+
+def _product(output, change, r):
+    "B A of two factors of the right shapes, which may be divided between them in many ways; else what there is."
+    if not (isinstance(output, tuple | list) and len(output) == 2): return output
+    B, A = output
+    if not (isinstance(B, Tensor) and isinstance(A, Tensor)): return output
+    return [B @ A] if B.shape == (change.shape[0], r) and A.shape == (r, change.shape[1]) else (B, A)
+
+
+_BEST_LOW_RANK = Exercise("rlhf_course.lora:best_low_rank", _best_low_rank_probes, (
+    ("You forgot the singular values: U and V alone have columns of length 1; multiply one of them by S.",
+     lambda change, r: _svd_cut(change, r, torch.ones_like)),
+    ("You multiplied by the singular values twice: give them to B or to A, or their square root to both.",
+     lambda change, r: _svd_cut(change, r, torch.square)),
+    ("You gave the square root of the singular values to one factor only: give all to one, or the root to both.",
+     lambda change, r: _svd_cut(change, r, torch.sqrt)),
+    ("You kept the smallest singular values: the largest come first, so take [:r].",
+     lambda change, r: _svd_cut(change, r, keep=slice(-r, None))),
+    ("You left out the largest singular value: counting starts at 0, so take [:r].",
+     lambda change, r: _svd_cut(change, r, keep=slice(1, None))),
+    ("You kept one direction too few: take [:r].",
+     lambda change, r: _svd_cut(change, r - 1)),
+    ("You kept one direction too many: take [:r].",
+     lambda change, r: _svd_cut(change, r + 1)),
+    ("You kept all directions, so that nothing was cut: B needs r columns and A needs r rows.",
+     lambda change, r: _svd_cut(change, None)),
+    ("You returned A before B: the order is B, A.",
+     lambda change, r: _svd_cut(change, r)[::-1]),
+    ("You returned the product: the two factors are wanted, B (d_out, r) and A (r, d_in).",
+     lambda change, r: torch.matmul(*_svd_cut(change, r))),
+    ("Your A is transposed: torch.linalg.svd gives V transposed already, so its first r rows are A.",
+     lambda change, r: (_svd_cut(change, r)[0], _svd_cut(change, r)[1].T)),
+    ("You took the rows of U: the directions of the output are its columns, U[:, :r].",
+     lambda change, r: ((svd := torch.linalg.svd(change, full_matrices=False))[0][:r] * svd[1], svd[2][:r])),
+), relevant=_product, rtol=1e-5)
+
+# %% ../nbs/93_exercise_bank.ipynb #23cc96ec
+def _binomial_interval_probes() -> list[Call]:
+    "Middle and ends, few and many, and two other confidences."
+    return [call(9, 10), call(3, 7), call(0, 5), call(5, 5), call(0, 0), call(70, 200, 0.9), call(12, 20, confidence=0.5), call(1, 1)]
+
+
+def _binomial_cdf(k, n, p):
+    "P(X <= k), by plain sums."
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
+
+
+def _place(rises: Callable) -> float:
+    "Where a function of p in [0, 1] that goes from negative to positive crosses zero."
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rises(middle) < 0 else (low, middle)
+    return low
+
+
+def _interval(k, n, low_tail, high_tail, shift_low=0, shift_high=0):
+    "Where P(X >= k + shift_low) reaches low_tail, and P(X <= k + shift_high) falls to high_tail; 0 and 1 where they never do."
+    low = 0.0 if k + shift_low <= 0 else _place(lambda p: 1 - _binomial_cdf(k + shift_low - 1, n, p) - low_tail)
+    high = 1.0 if k + shift_high >= n else _place(lambda p: high_tail - _binomial_cdf(k + shift_high, n, p))
+    return low, high
+
+
+def _middle_counts(k, n, alpha):
+    "The counts between which the middle of the binomial with p = k / n lies."
+    cdf = [_binomial_cdf(i, n, k / n) for i in range(n)] + [1.0]
+    return next(i for i, c in enumerate(cdf) if c >= alpha / 2), next(i for i, c in enumerate(cdf) if c >= 1 - alpha / 2)
+
+
+def _normal_interval(k, n, confidence, form):
+    "Wald's or Wilson's interval; (0, 1) for no tries."
+    if n == 0:
+        return 0.0, 1.0
+    z, share = NormalDist().inv_cdf((1 + confidence) / 2), k / n
+    if form == "wilson":
+        centre, width = (share + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
+    else:
+        centre, width = share, z * math.sqrt(share * (1 - share) / n)
+    low, high = centre - width, centre + width
+    return (max(0.0, low), min(1.0, high)) if form == "clipped" else (low, high)
+
+
+_BINOMIAL_INTERVAL = Exercise("rlhf_course.labeling:binomial_interval", _binomial_interval_probes, (
+    ("You put all of alpha on each side: the two ends share it, alpha / 2 each.",
+     lambda k, n, confidence=0.95: _interval(k, n, 1 - confidence, 1 - confidence)),
+    ("You took the confidence itself for the tails: each tail has (1 - confidence) / 2.",
+     lambda k, n, confidence=0.95: _interval(k, n, confidence / 2, confidence / 2)),
+    ("You left the confidence out and always give 95%: alpha is 1 - confidence.",
+     lambda k, n, confidence=0.95: _interval(k, n, 0.025, 0.025)),
+    ("Your lower end leaves k itself out: it is where k or more have probability alpha / 2, binomial_tail(k, ...) and not k + 1.",
+     lambda k, n, confidence=0.95: _interval(k, n, (1 - confidence) / 2, (1 - confidence) / 2, shift_low=1) if k < n else
+     (1.0, _interval(k, n, 0, 0)[1])),
+    ("Your upper end leaves k itself out: k or fewer are 1 - binomial_tail(k + 1, n, p), and 1 - binomial_tail(k, n, p) are fewer than k.",
+     lambda k, n, confidence=0.95: (_interval(k, n, (1 - confidence) / 2, 0.5)[0],
+                                    0.0 if k == 0 else _interval(k, n, 0.5, (1 - confidence) / 2, shift_high=-1)[1])),
+    ("Both your ends leave k itself out, which makes the interval too short: k counts in both tails.",
+     lambda k, n, confidence=0.95: (1.0 if k == n else _interval(k, n, (1 - confidence) / 2, 0.5, shift_low=1)[0],
+                                    0.0 if k == 0 else _interval(k, n, 0.5, (1 - confidence) / 2, shift_high=-1)[1])),
+    ("You used Wald's formula, the share give or take z standard errors: here the exact interval is asked for, from the tails.",
+     lambda k, n, confidence=0.95: _normal_interval(k, n, confidence, "wald")),
+    ("You used Wald's formula and cut it off at 0 and 1: it still has no width at the ends; the exact interval comes from the tails.",
+     lambda k, n, confidence=0.95: _normal_interval(k, n, confidence, "clipped")),
+    ("You used Wilson's formula, which is a good one: but the exact interval is asked for, from the tails of the binomial.",
+     lambda k, n, confidence=0.95: _normal_interval(k, n, confidence, "wilson")),
+    ("You counted k by half in each tail, the mid-p interval: the exact one counts it in full.",
+     lambda k, n, confidence=0.95: (lambda tail: (
+         0.0 if k == 0 else _place(lambda p: 1 - (_binomial_cdf(k, n, p) + _binomial_cdf(k - 1, n, p)) / 2 - tail),
+         1.0 if k == n else _place(lambda p: tail - (_binomial_cdf(k, n, p) + (_binomial_cdf(k - 1, n, p) if k else 0)) / 2)))((1 - confidence) / 2)),
+    ("You took the counts that the share k / n itself would give: ask of each p whether it could have given k, not what k / n could give.",
+     lambda k, n, confidence=0.95: tuple(i / n for i in _middle_counts(k, n, 1 - confidence)) if n else (0.0, 1.0)),
+    ("Your upper end is 1 - lowest(k): it comes from the failures, so from n - k.",
+     lambda k, n, confidence=0.95: (lambda low: (low, 1 - low))(_interval(k, n, (1 - confidence) / 2, 0.5)[0])),
+    ("You swapped successes and failures: the interval is for the share of successes, k of n.",
+     lambda k, n, confidence=0.95: _interval(n - k, n, (1 - confidence) / 2, (1 - confidence) / 2)),
+    ("Your ends are in the wrong order: the lower one comes first.",
+     lambda k, n, confidence=0.95: _interval(k, n, (1 - confidence) / 2, (1 - confidence) / 2)[::-1]),
+    ("You returned counts: the ends are shares, between 0 and 1.",
+     lambda k, n, confidence=0.95: tuple(n * end for end in _interval(k, n, (1 - confidence) / 2, (1 - confidence) / 2))),
+    ("You returned the width of the interval: its two ends are wanted.",
+     lambda k, n, confidence=0.95: (lambda ends: ends[1] - ends[0])(_interval(k, n, (1 - confidence) / 2, (1 - confidence) / 2))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #f2904835
+def _self_agreement_probes() -> list[Call]:
+    "Ties against sides and against ties, a judge of one side, one pair, none."
+    return [call(["a", "a", "tie", "b", "tie"], ["b", "a", "tie", "tie", "a"]), call(["a", "b", "b"], ["b", "a", "b"]), call(["a"] * 4, ["a"] * 4),
+            call(["tie", "tie"], ["tie", "tie"]), call([], []), call(["b"], ["tie"]), call(["tie", "b", "a", "a", "b", "tie"], ["b", "tie", "b", "tie", "a", "tie"]),
+            call(["tie"], ["a"])]
+
+
+_EXCHANGED = {"a": "b", "b": "a", "tie": "tie"}
+
+
+def _agreeing(first, again, same=None, counts=None):
+    "Pairs that are the `same` among those that count, and how many count."
+    same = same or (lambda one, other: one == _EXCHANGED[other])
+    kept = [(one, other) for one, other in zip(first, again) if counts is None or counts(one, other)]
+    return sum(same(one, other) for one, other in kept), len(kept)
+
+
+_SELF_AGREEMENT = Exercise("rlhf_course.labeling:self_agreement", _self_agreement_probes, (
+    ("You compared the answers as they were given: the sides were exchanged, so the same response is a the first time and b the second.",
+     lambda first, again: _agreeing(first, again, lambda one, other: one == other)),
+    ("You exchanged b by a and everything else by b, a tie included: a tie stays a tie.",
+     lambda first, again: _agreeing(first, again, lambda one, other: one == ("a" if other == "b" else "b"))),
+    ("You exchanged a by b and everything else by a, a tie included: a tie stays a tie.",
+     lambda first, again: _agreeing(first, again, lambda one, other: one == ("b" if other == "a" else "a"))),
+    ("You counted answers that differ: a tie and a side differ too, and that is no agreement.",
+     lambda first, again: _agreeing(first, again, lambda one, other: one != other)),
+    ("You never let two ties agree: a tie both times is the same answer.",
+     lambda first, again: _agreeing(first, again, lambda one, other: {one, other} == {"a", "b"})),
+    ("You let a tie agree with everything: it agrees with a tie and with nothing else.",
+     lambda first, again: _agreeing(first, again, lambda one, other: "tie" in (one, other) or one == _EXCHANGED[other])),
+    ("You left out pairs with a tie: they count as pairs, and two ties agree.",
+     lambda first, again: _agreeing(first, again, counts=lambda one, other: "tie" not in (one, other))),
+    ("You left out pairs that were a tie both times: they count, and they agree.",
+     lambda first, again: _agreeing(first, again, counts=lambda one, other: not one == other == "tie")),
+    ("You left out pairs whose first answer was a tie: they count as pairs, and may agree.",
+     lambda first, again: _agreeing(first, again, counts=lambda one, other: one != "tie")),
+    ("You counted a tie against a side as half an agreement: it is none.",
+     lambda first, again: _agreeing(first, again, lambda one, other: 0.5 if (one == "tie") != (other == "tie") else float(one == _EXCHANGED[other]))),
+    ("You counted the pairs on which the judge contradicts itself: count those on which it agrees.",
+     lambda first, again: _agreeing(first, again, lambda one, other: one != _EXCHANGED[other])),
+    ("You returned agreements and contradictions: the second number is all pairs.",
+     lambda first, again: (lambda k, n: (k, n - k))(*_agreeing(first, again))),
+    ("Your two numbers are in the wrong order: the agreements come first, then all pairs.",
+     lambda first, again: _agreeing(first, again)[::-1]),
+    ("You counted each pair as two answers: the second number is how many pairs were asked twice.",
+     lambda first, again: (_agreeing(first, again)[0], len(first) + len(again))),
+    ("You returned the number of agreements alone: how many pairs were asked twice is wanted too.",
+     lambda first, again: _agreeing(first, again)[0]),
+    ("You returned the share: the two counts are wanted, as an interval needs both.",
+     lambda first, again: (lambda k, n: k / n if n else 0.0)(*_agreeing(first, again))),
+    ("You compared the totals of the two lists: compare pair by pair, two contradictions must not cancel.",
+     lambda first, again: (sum(min(first.count(one), again.count(_EXCHANGED[one])) for one in _EXCHANGED), len(first))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #b5a74e1a
+def _bt_wins(*shape: int, seed: int, diagonal: bool = False) -> np.ndarray:
+    "Wins and half wins that depend on the seed alone; the diagonal zero unless asked for."
+    wins = np.random.default_rng(seed).integers(0, 19, shape) / 2
+    return wins if diagonal else wins * (1 - np.eye(shape[-1]))
+
+
+def _bt_likelihood_probes() -> list[Call]:
+    "Several sizes, none of the wins zero and many, a diagonal that should not count, large differences."
+    return [call(np.array([0.3, -0.3]), np.array([[0, 3], [1, 0]])), call(np.linspace(-1, 2, 4), _bt_wins(4, 4, seed=0)),
+            call(np.array([0.5, 0.0, -1.5]), _bt_wins(3, 3, seed=1, diagonal=True)), call(np.zeros(5), _bt_wins(5, 5, seed=2)),
+            call(np.array([800.0, 0.0, 1.0]), np.array([[0.0, 4.0, 1.5], [1.0, 0.0, 2.0], [0.0, 5.0, 0.0]])),
+            call(np.array([0.0, 800.0]), np.array([[0.0, 0.0], [7.0, 0.0]]))]
+
+
+def _bt_terms(strengths, wins, log_p=None, sign=1.0):
+    "wins times log sigma(s_i - s_j), the diagonal 0."
+    s = np.asarray(strengths, dtype=float)
+    d = sign * (s[:, None] - s[None, :])
+    terms = np.asarray(wins, dtype=float) * (-np.logaddexp(0, -d) if log_p is None else log_p(d))
+    return terms * (1 - np.eye(len(s))) if log_p is None else np.where(np.eye(len(s)) > 0, 0.0, terms)
+
+
+_BT_LOG_LIKELIHOOD = Exercise("rlhf_course.preferences:bradley_terry_log_likelihood", _bt_likelihood_probes, (
+    ("You have the difference the wrong way round: where i beats j, what counts is sigma(s_i - s_j).",
+     lambda s, w: _bt_terms(s, w, sign=-1.0).sum()),
+    ("You turned the sign round: this is the loss; the log-likelihood is never positive.",
+     lambda s, w: -_bt_terms(s, w).sum()),
+    ("You let the diagonal count: nobody plays against itself.",
+     lambda s, w: (np.asarray(w) * -np.logaddexp(0, s[None, :] - s[:, None])).sum()),
+    ("You took the logarithm of a probability that underflows to 0: use -logaddexp(0, -d).",
+     lambda s, w: _bt_terms(s, w, lambda d: np.log(1 / (1 + np.exp(-d)))).sum()),
+    *(("You added a small number before the logarithm, which hides how unlikely a win is: use -logaddexp(0, -d).",
+       lambda s, w, small=small: _bt_terms(s, w, lambda d: np.log(1 / (1 + np.exp(-d)) + small)).sum()) for small in (1e-12, 1e-10, 1e-9, 1e-8)),
+    ("You summed over pairs above the diagonal only: wins of j over i stand below it and count too.",
+     lambda s, w: np.triu(_bt_terms(s, w)).sum()),
+    ("You divided by the number of games: the sum is asked for.",
+     lambda s, w: _bt_terms(s, w).sum() / (np.asarray(w) * (1 - np.eye(len(s)))).sum()),
+    ("You forgot the wins: each log-probability counts as often as it happened.",
+     lambda s, w: _bt_terms(s, np.ones_like(np.asarray(w, dtype=float))).sum()),
+    ("You forgot the logarithm: the wins are multiplied by the probabilities themselves.",
+     lambda s, w: _bt_terms(s, w, lambda d: 1 / (1 + np.exp(-d))).sum()),
+    ("You summed the differences of the strengths: the log-probability is log sigma of the difference.",
+     lambda s, w: _bt_terms(s, w, lambda d: d).sum()),
+    ("You measure in bits: natural logarithms are wanted, nats.",
+     lambda s, w: _bt_terms(s, w).sum() / np.log(2)),
+    ("You also counted each win as a defeat of sigma(s_j - s_i) for the other: a game counts once.",
+     lambda s, w: (_bt_terms(s, w) + _bt_terms(s, np.asarray(w).T)).sum()),
+    ("You used the share s_i / (s_i + s_j): strengths are log-odds here, so their difference goes through the logistic function.",
+     lambda s, w: _bt_terms(np.zeros(len(s)), w, lambda d: np.log(np.abs((np.asarray(s)[:, None] + 1e-300)
+                                                                         / (np.asarray(s)[:, None] + np.asarray(s)[None, :] + 1e-300)))).sum()),
+    ("You returned one number a model: the sum over all pairs is one number.",
+     lambda s, w: _bt_terms(s, w).sum(1)),
+    ("You returned the matrix of terms: sum it.",
+     lambda s, w: _bt_terms(s, w)),
+))
+
+
+def _bt_gradient_probes() -> list[Call]:
+    "One set and many, sizes that cannot be confused and sizes that can, a diagonal that should not count."
+    few = np.array([0.3, -0.4, 1.0])
+    return [call(np.array([0.3, -0.3]), np.array([[0, 3], [1, 0]])), call(few, _bt_wins(3, 3, seed=3)),
+            call(few, _bt_wins(3, 3, seed=4, diagonal=True)), call(np.linspace(-1, 2, 12).reshape(3, 4), _bt_wins(3, 4, 4, seed=5)),
+            call(np.linspace(-2, 1, 9).reshape(3, 3), _bt_wins(3, 3, 3, seed=6)),
+            call(np.array([0.0, 800.0, 799.0]), _bt_wins(3, 3, seed=7)), call(np.zeros((2, 5)), _bt_wins(2, 5, 5, seed=8))]
+
+
+def _bt_p(strengths, sign=1.0):
+    "sigma(s_i - s_j) for all i, j."
+    s = np.asarray(strengths, dtype=float)
+    return 0.5 * (1 + np.tanh(sign * (s[..., :, None] - s[..., None, :]) / 2))
+
+
+def _bt_games(wins):
+    "Games of each pair."
+    return np.asarray(wins) + np.swapaxes(np.asarray(wins), -1, -2)
+
+
+_BT_GRADIENT = Exercise("rlhf_course.preferences:bradley_terry_gradient", _bt_gradient_probes, (
+    ("You turned the sign round: it is wins minus expected wins, summed over the opponents j (the sum over i has the other sign).",
+     lambda s, w: (_bt_games(w) * _bt_p(s) - w).sum(-1)),
+    ("You forgot the games that i lost: n_ij counts both, w_ij + w_ji.",
+     lambda s, w: (np.asarray(w) * (1 - _bt_p(s)) * (1 - np.eye(np.shape(w)[-1]))).sum(-1)),
+    ("You have the difference the wrong way round: i is expected to win with probability sigma(s_i - s_j).",
+     lambda s, w: (w - _bt_games(w) * _bt_p(s, -1.0)).sum(-1)),
+    ("You counted axes from the front, which goes wrong with leading axes: sum over axis -1.",
+     lambda s, w: (w - _bt_games(w) * _bt_p(s)).sum(1)),
+    ("You transposed with .T, which turns all axes round: with leading axes use np.swapaxes(wins, -1, -2).",
+     lambda s, w: (w - (np.asarray(w) + np.asarray(w).T) * _bt_p(s)).sum(-1)),
+    ("You ignored the strengths: the expected wins are n_ij sigma(s_i - s_j), and not half of the games.",
+     lambda s, w: (w - _bt_games(w) / 2).sum(-1)),
+    ("You let the diagonal count as wins: nobody plays against itself.",
+     lambda s, w: (w - _bt_games(w) * _bt_p(s) * (1 - np.eye(np.shape(w)[-1]))).sum(-1)),
+    ("You halved the games: n_ij is w_ij + w_ji, every game of the pair once.",
+     lambda s, w: ((w - _bt_games(w) / 2 * _bt_p(s)) * (1 - np.eye(np.shape(w)[-1]))).sum(-1)),
+    ("You divided by the number of games: the slope of the sum is asked for.",
+     lambda s, w: (w - _bt_games(w) * _bt_p(s)).sum(-1) / _bt_games(w * (1 - np.eye(np.shape(w)[-1]))).sum(-1)),
+    ("You subtracted the probabilities alone: the expected wins are n_ij times the probability.",
+     lambda s, w: ((w - _bt_p(s)) * (1 - np.eye(np.shape(w)[-1]))).sum(-1)),
+    ("You returned the number of wins: subtract the expected ones.",
+     lambda s, w: (np.asarray(w, dtype=float) * (1 - np.eye(np.shape(w)[-1]))).sum(-1)),
+    ("You subtracted the losses: subtract the wins that the strengths let expect.",
+     lambda s, w: (np.asarray(w, dtype=float) - np.swapaxes(np.asarray(w, dtype=float), -1, -2)).sum(-1)),
+    ("You returned the matrix of terms: sum it over the opponents.",
+     lambda s, w: w - _bt_games(w) * _bt_p(s)),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #cbb05974
+def _longer_probes() -> list[Call]:
+    "Rows of all kinds, no row, no row that counts, one row."
+    many = np.random.default_rng(0).integers(1, 6, (2, 60))
+    winners = np.random.default_rng(1).choice(["a", "b", "tie"], 60, p=[0.5, 0.3, 0.2]).tolist()
+    return [call(np.array([5, 3, 4, 4, 9, 1, 8, 7]), np.array([2, 6, 4, 4, 1, 7, 3, 9]), ["a", "b", "a", "tie", "tie", "a", "a", "a"]),
+            call(many[0], many[1], winners), call(np.array([], dtype=int), np.array([], dtype=int), []),
+            call(np.array([3, 3]), np.array([3, 8]), ["b", "tie"]), call(np.array([2]), np.array([5]), ["b"]),
+            call(np.array([2, 9, 4]), np.array([5, 1, 2]), ["a", "b", "b"]),
+            call(np.array([9, 9, 4, 4, 4, 4, 2]), np.array([2, 1, 4, 4, 4, 9, 8]), ["a", "a", "b", "b", "a", "tie", "tie"])]
+
+
+def _longer(a, b, winners, tie=0, equal=0, hits=None):
+    "Counts, with the share of a hit that a tie or equal lengths get where they are counted (None: left out)."
+    won, counted = 0, 0
+    for x, y, w in zip(np.asarray(a).tolist(), np.asarray(b).tolist(), winners):
+        if (w == "tie" and tie is None) or (x == y and equal is None):
+            continue
+        counted += 1
+        won += tie if w == "tie" else equal if x == y else int((x > y) == (w == "a")) if hits is None else int(hits(x, y, w))
+    return won, counted
+
+
+_LONGER_WINS = Exercise("rlhf_course.preferences:count_longer_wins", _longer_probes, (
+    ("You counted ties as defeats of the longer response: they have no winner, leave them out of both numbers.",
+     lambda a, b, winners: _longer(a, b, winners, tie=0, equal=None)),
+    ("You counted rows whose lengths are equal: none of the two is longer, leave them out of both numbers.",
+     lambda a, b, winners: _longer(a, b, winners, tie=None, equal=0)),
+    ("You divided by all rows: ties and equal lengths do not count.",
+     lambda a, b, winners: _longer(a, b, winners)),
+    ("You counted ties as won by the longer response: leave them out of both numbers.",
+     lambda a, b, winners: _longer(a, b, winners, tie=1, equal=None)),
+    ("You counted ties as half a win: leave them out of both numbers.",
+     lambda a, b, winners: _longer(a, b, winners, tie=0.5, equal=None)),
+    ("You counted equal lengths as won by the longer response: leave them out of both numbers.",
+     lambda a, b, winners: _longer(a, b, winners, tie=None, equal=1)),
+    ("You compared with >= and <, so that equal lengths count as a being longer: leave them out of both numbers.",
+     lambda a, b, winners: tuple(int(x.sum()) for x in (lambda w: (((np.asarray(a) >= np.asarray(b)) == (w == "a")) & (w != "tie"), w != "tie"))(
+         np.array(winners, dtype="U3")))),
+    ("You took every winner that is not a for b: a tie has none, leave it out of both numbers.",
+     lambda a, b, winners: (lambda a, b, w: (int((((a > b) == (w == "a")) & (a != b)).sum()), int((a != b).sum())))(
+         np.asarray(a), np.asarray(b), np.array(winners, dtype="U3"))),
+    ("You counted how often the shorter response won.",
+     lambda a, b, winners: _longer(a, b, winners, None, None, lambda x, y, w: (x > y) == (w == "b"))),
+    ("You only counted rows that a won: the longer response also wins where b is longer and b wins.",
+     lambda a, b, winners: _longer(a, b, winners, None, None, lambda x, y, w: x > y and w == "a")),
+    ("You counted how often a won: what counts is whether the winner is the longer one.",
+     lambda a, b, winners: _longer(a, b, winners, None, None, lambda x, y, w: w == "a")),
+    ("You counted how often a is longer: what counts is whether the longer one won.",
+     lambda a, b, winners: _longer(a, b, winners, None, None, lambda x, y, w: x > y)),
+    ("Your two numbers are in the wrong order: the wins of the longer response come first, then the rows that count.",
+     lambda a, b, winners: _longer(a, b, winners, None, None)[::-1]),
+    ("You returned wins and defeats of the longer response: the second number is their sum.",
+     lambda a, b, winners: (lambda k, n: (k, n - k))(*_longer(a, b, winners, None, None))),
+    ("You returned the share: the two counts are wanted, as an interval needs both.",
+     lambda a, b, winners: (lambda k, n: k / n if n else float("nan"))(*_longer(a, b, winners, None, None))),
+    ("You returned the first number alone: how many rows count is wanted too.",
+     lambda a, b, winners: _longer(a, b, winners, None, None)[0]),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #811b72a1
+def _folds_probes() -> list[Call]:
+    "Prompts of equal and unequal size, in a run and mixed, two folds and more."
+    names = np.random.default_rng(0).choice(["f", "a", "d", "c", "b", "e"], 40, p=[0.05, 0.35, 0.1, 0.25, 0.15, 0.1]).tolist()
+    return [call(names, 3), call(names, 2), call(["x", "y", "x", "z", "y", "x", "w"], 2), call(["b", "a", "c"], 3),
+            call(["q"] + ["p"] * 5 + ["r"] * 2 + ["s"] * 2 + ["t"] + ["u"] * 3, 4), call(["n", "m", "n", "m", "l", "l", "k"], 2)]
+
+
+def _deal(prompts, n_folds, order, choose=None):
+    "Prompts dealt in this order; choose(sizes, i) says where the i-th goes, by default the first of the emptiest folds."
+    sizes, fold_of, counts = [0] * n_folds, {}, {}
+    for prompt in prompts:
+        counts[prompt] = counts.get(prompt, 0) + 1
+    for i, prompt in enumerate(order(counts)):
+        fold_of[prompt] = (sizes.index(min(sizes)) if choose is None else choose(sizes, i))
+        sizes[fold_of[prompt]] += counts[prompt]
+    return np.array([fold_of[prompt] for prompt in prompts])
+
+
+def _largest_first(counts):
+    "Prompts with the most rows first, equals as they appeared."
+    return sorted(counts, key=lambda prompt: -counts[prompt])
+
+
+_PROMPT_FOLDS = Exercise("rlhf_course.preferences:prompt_folds", _folds_probes, (
+    ("You dealt out rows and not prompts: rows of one prompt are in several folds, which is the leak.",
+     lambda prompts, n_folds: np.arange(len(prompts)) % n_folds),
+    ("You cut the rows into runs: the rows of one prompt stand in several places, and some are in several folds.",
+     lambda prompts, n_folds: np.arange(len(prompts)) * n_folds // len(prompts)),
+    ("You dealt the prompts in the order of their appearance: the largest come first, so that the small ones can fill up.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, list)),
+    ("You dealt the smallest prompts first: the largest come first, so that the small ones can fill up.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, lambda counts: sorted(counts, key=counts.get))),
+    ("You dealt the prompts in alphabetical order: the largest come first, so that the small ones can fill up.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, sorted)),
+    ("Prompts with equally many rows come in the order of their first appearance, and not of the alphabet.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, lambda counts: sorted(counts, key=lambda prompt: (-counts[prompt], prompt)))),
+    ("You reversed a sorted list, which also reverses prompts with equally many rows: sort by minus their number.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, lambda counts: sorted(counts, key=counts.get)[::-1])),
+    ("You dealt in turns, whatever the sizes: the next prompt goes to the fold with the fewest rows.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, _largest_first, lambda sizes, i: i % n_folds)),
+    ("You dealt in turns and in the order of appearance: the largest prompt comes first, and goes to the fold with the fewest rows.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, list, lambda sizes, i: i % n_folds)),
+    ("Of folds with equally few rows you took the last: the first is asked for.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, _largest_first, lambda sizes, i: len(sizes) - 1 - sizes[::-1].index(min(sizes)))),
+    ("You gave the next prompt to the fullest fold: the one with the fewest rows is meant.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, _largest_first, lambda sizes, i: sizes.index(max(sizes)))),
+    ("You gave each prompt a fold of its own: there are n_folds of them, numbered from 0.",
+     lambda prompts, n_folds: _deal(prompts, len(set(prompts)), _largest_first, lambda sizes, i: i)),
+    ("You number the folds from 1: the first is 0.",
+     lambda prompts, n_folds: _deal(prompts, n_folds, _largest_first) + 1),
+    ("You returned the fold of each prompt: one number for each row is wanted, in the order of the rows.",
+     lambda prompts, n_folds: _deal(sorted(set(prompts), key=lambda p: (-prompts.count(p), prompts.index(p))), n_folds, list)),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #e9329dfb
+def _pad_batch_probes() -> list[Call]:
+    "Both sides, several pads and multiples, one sequence, and the pad's id inside a sequence."
+    some = [[5, 6, 7, 8, 9], [8], [9, 7]]
+    return [call(some, 0), call(some, 3, "left"), call(some, 0, "right", 4), call([[1, 0, 2, 0], [0, 4]], 0, "left", 4),
+            call([[4, 5, 6]], 9), call([[0, 1, 0], [2, 3, 0], [7]], 0), call(some, 9, "left", 8), call([[3, 1], [2, 2, 2, 2, 6, 1, 4]], 1, pad_to_multiple_of=3)]
+
+
+def _padded(sequences, pad, side="right", multiple=None, width=None, fill=1, turn=1):
+    "Ids and mask, row by row."
+    width = width or max(map(len, sequences)) + -max(map(len, sequences)) % (multiple or 1)
+    ids, mask = torch.full((len(sequences), width), pad), torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        kept = sequence[:width]
+        places = slice(0, len(kept)) if side == "right" else slice(width - len(kept), width)
+        ids[row, places], mask[row, places] = torch.tensor(kept[::turn]), fill
+    return ids, mask
+
+
+_PAD_BATCH = Exercise("rlhf_course.padding:pad_batch", _pad_batch_probes, (
+    ("You made the mask from the ids: a real token may have the id of the pad. Make it from the lengths.",
+     lambda s, pad, side="right", m=None: (lambda ids: (ids, (ids != pad).long()))(_padded(s, pad, side, m)[0])),
+    ("Your mask is the wrong way round: 1 is a token, 0 is a pad.",
+     lambda s, pad, side="right", m=None: (lambda ids, mask: (ids, 1 - mask))(*_padded(s, pad, side, m))),
+    ("You padded on the right whatever padding_side says.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, "right", m)),
+    ("You have the sides the wrong way round: \"right\" puts the pads after the tokens.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, "left" if side == "right" else "right", m)),
+    ("Your mask stays on the right where the tokens stand on the left side's places: both must move.",
+     lambda s, pad, side="right", m=None: (_padded(s, pad, side, m)[0], _padded(s, pad, "right", m)[1])),
+    ("You ignored pad_to_multiple_of: the width is to be rounded up to a multiple of it.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, side)),
+    ("You always go to the next multiple: a width that is one already stays as it is.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, side, width=(max(map(len, s)) // m + 1) * m if m else None)),
+    ("You rounded down, which cuts tokens off: round up, -(-n // m) * m.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, side, width=max(m, max(map(len, s)) // m * m) if m else None)),
+    ("You added the multiple to the width: round the width up to a multiple.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, side, width=max(map(len, s)) + (m or 0))),
+    ("You filled with 0: the free places get pad_token_id.",
+     lambda s, pad, side="right", m=None: (lambda ids, mask: (ids * mask, mask))(*_padded(s, pad, side, m))),
+    ("You turned the tokens round: on the left side too they keep their order.",
+     lambda s, pad, side="right", m=None: (lambda ids, mask: (ids.flip(1), mask.flip(1)) if side == "left" else (ids, mask))(*_padded(s, pad, "right", m))),
+    ("You cut to the shortest sequence: the batch is as wide as the longest.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, side, width=(lambda n: n + -n % (m or 1))(min(map(len, s))))),
+    ("You put the length into the mask: 1 for each token is wanted.",
+     lambda s, pad, side="right", m=None: (lambda ids, mask: (ids, mask * mask.sum(1, keepdim=True)))(*_padded(s, pad, side, m))),
+    ("You returned the mask first: (input_ids, attention_mask) is the order.",
+     lambda s, pad, side="right", m=None: _padded(s, pad, side, m)[::-1]),
+))
+
+
+def _padding_fraction_probes() -> list[Call]:
+    "One length a row and two, batches of one size and of several, rows left out and out of order."
+    pairs = np.array([[4, 2], [1, 4], [9, 3], [5, 5], [2, 8]])
+    return [call([1000, 100], [[0, 1]]), call(np.array([7, 3, 5, 2, 9, 4]), [[0, 1], [2, 3], [4, 5]]), call(pairs, [[0, 1], [2, 3, 4]]),
+            call(pairs, [[4, 2], [0]]), call([6, 1, 3, 12, 2], [[3], [0, 4, 1, 2]]), call([5, 5, 5], [[0, 1, 2]]), call([8, 2, 4, 4, 30], [[2, 0], [3, 1]])]
+
+
+def _parts(lengths, batches):
+    "The lengths of each batch, (rows, sequences a row)."
+    table = np.asarray(lengths).reshape(len(lengths), -1)
+    return [table[list(batch)] for batch in batches]
+
+
+_PADDING_FRACTION = Exercise("rlhf_course.padding:padding_fraction", _padding_fraction_probes, (
+    ("You averaged over batches: a wide batch counts for more. Add up pads and places of all batches, and divide once.",
+     lambda lengths, batches: float(np.mean([1 - p.mean() / p.max() for p in _parts(lengths, batches)]))),
+    ("You divided by the tokens: the share of all places is wanted, pads and tokens together.",
+     lambda lengths, batches: (lambda ps: float(sum(p.size * p.max() for p in ps) / sum(p.sum() for p in ps) - 1))(_parts(lengths, batches))),
+    ("You returned the share of tokens: the pads are the rest, 1 minus that.",
+     lambda lengths, batches: (lambda ps: float(sum(p.sum() for p in ps) / sum(p.size * p.max() for p in ps)))(_parts(lengths, batches))),
+    ("You returned how many pads there are: their share of the places is wanted.",
+     lambda lengths, batches: (lambda ps: float(sum(p.size * p.max() - p.sum() for p in ps)))(_parts(lengths, batches))),
+    ("You padded all batches to the longest sequence there is: each is as wide as its own longest.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.sum() for p in ps) / sum(p.size * max(q.max() for q in ps) for p in ps)))(_parts(lengths, batches))),
+    ("You padded to the longest sequence of the data set, batched or not: each batch is as wide as its own longest.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.sum() for p in ps) / sum(p.size * np.max(lengths) for p in ps)))(_parts(lengths, batches))),
+    ("You did not look into the batches: they hold row numbers, which may be in any order and leave rows out.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.sum() for p in ps) / sum(p.size * p.max() for p in ps)))(
+         np.split(np.asarray(lengths).reshape(len(lengths), -1)[:sum(map(len, batches))], np.cumsum([len(b) for b in batches])[:-1]))),
+    ("You counted the tokens of all rows: only those in a batch count.",
+     lambda lengths, batches: float(1 - np.sum(lengths) / sum(p.size * p.max() for p in _parts(lengths, batches)))),
+    ("You padded first and second sequences apart: a batch is one rectangle, as wide as the longest of both.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.sum() for p in ps) / sum(len(p) * p.max(0).sum() for p in ps)))(_parts(lengths, batches))),
+    ("You counted one sequence a row: a row of a pair takes two lines of the batch.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.sum() for p in ps) / sum(len(p) * p.max() for p in ps)))(_parts(lengths, batches))),
+    ("You looked at the longest sequence of each row only: the shorter one of a pair has pads too.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.max(1).sum() for p in ps) / sum(len(p) * p.max() for p in ps)))(_parts(lengths, batches))),
+    ("You took the last row of a batch as the longest: rows may be in any order, so take the maximum.",
+     lambda lengths, batches: (lambda ps: float(1 - sum(p.sum() for p in ps) / sum(p.size * p[-1].max() for p in ps)))(_parts(lengths, batches))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #8fd9fe9e
+def _places_of_sizes(output, longest, batch_size):
+    "Number of batches, rows in them, whether each has 1 to batch_size rows, and the places they take."
+    sizes = [int(size) for size in output]
+    starts = np.cumsum([0, *sizes])[:-1]
+    longest = np.asarray(longest)
+    places = sum(size * int(longest[min(start, len(longest) - 1)]) for size, start in zip(sizes, starts))
+    return [len(sizes), sum(sizes), int(all(1 <= size <= batch_size for size in sizes)), places]
+
+
+def _optimal_sizes_probes() -> list[Call]:
+    "A last batch that is nearly empty, one that is full, one row, and lengths that fall early, late and in steps."
+    return [call([10, 1, 1], 2), call(np.array([9, 8, 7, 3, 3, 2, 2]), 4), call(np.array([30, 29, 6, 5, 5, 5, 4, 1, 1, 1]), 4), call([5, 5, 5, 5], 2),
+            call([7], 3), call([12, 4, 4, 4, 4], 4), call([20, 20, 20, 2, 2, 2, 1], 3), call([50, 9, 8, 8, 8, 2, 2, 2, 2], 5), call([8, 8, 3, 3, 3, 1], 5)]
+
+
+def _cheapest_sizes(longest, batch_size, n_batches, cost=lambda size, first, last: size * first, most=None):
+    "The cheapest way to cut the order into so many batches (None: any number), by trying all, first found first."
+    longest, most = list(map(int, longest)), batch_size if most is None else most
+    known = {}
+
+    def best(i, k):  # (cost, sizes) of the rows from i on in k batches
+        if i == len(longest):
+            return (0, []) if k in (0, None) else (float("inf"), [])
+        if k == 0:
+            return float("inf"), []
+        if (i, k) not in known:
+            options = []
+            for size in range(1, min(most, len(longest) - i) + 1):
+                rest, sizes = best(i + size, None if k is None else k - 1)
+                options.append((cost(size, longest[i], longest[i + size - 1]) + rest, [size, *sizes]))
+            known[i, k] = min(options)
+        return known[i, k]
+    return best(0, n_batches)[1]
+
+
+def _n_batches(longest, batch_size):
+    "How few batches there can be."
+    return -(-len(longest) // batch_size)
+
+
+def _full_from_the_end(longest, batch_size):
+    "Full batches of the shortest rows, and what is left over first."
+    rest = len(longest) % batch_size
+    return [rest] * (rest > 0) + [batch_size] * (len(longest) // batch_size)
+
+
+_OPTIMAL_SIZES = Exercise("rlhf_course.padding:optimal_sizes", _optimal_sizes_probes, (
+    ("You cut full batches from the longest row down: leaving places free beside the longest rows is often cheaper.",
+     lambda longest, B: [B] * (len(longest) // B) + [len(longest) % B] * (len(longest) % B > 0)),
+    ("You left all free places to the first batch: that is often good, and not always best.",
+     lambda longest, B: _full_from_the_end(longest, B)),
+    ("You shared the rows out evenly: the sizes should follow the lengths.",
+     lambda longest, B: [len(part) for part in np.array_split(np.asarray(longest), _n_batches(longest, B))]),
+    ("You used more batches than needed: there are to be exactly ceil(N / batch_size), though more of them would save pads.",
+     lambda longest, B: _cheapest_sizes(longest, B, None)),
+    ("Some batch has more than batch_size rows: no batch may.",
+     lambda longest, B: _cheapest_sizes(longest, B, _n_batches(longest, B), most=len(longest))),
+    ("A batch is as wide as its first row, its longest; you took its last.",
+     lambda longest, B: _cheapest_sizes(longest, B, _n_batches(longest, B), lambda size, first, last: size * last)),
+    ("You minimised the sum of the widths: a batch takes its width times its number of rows.",
+     lambda longest, B: _cheapest_sizes(longest, B, _n_batches(longest, B), lambda size, first, last: first)),
+    ("You found the most places instead of the fewest: take the minimum.",
+     lambda longest, B: _cheapest_sizes(longest, B, _n_batches(longest, B), lambda size, first, last: -size * first)),
+    ("You minimised the difference between the longest and the shortest row of each batch: what counts are places.",
+     lambda longest, B: _cheapest_sizes(longest, B, _n_batches(longest, B), lambda size, first, last: first - last)),
+    ("You returned where the batches end: their sizes are wanted.",
+     lambda longest, B: np.cumsum(_cheapest_sizes(longest, B, _n_batches(longest, B))).tolist()),
+    ("Your sizes run from the last batch to the first: turn the list round after walking back.",
+     lambda longest, B: _cheapest_sizes(longest, B, _n_batches(longest, B))[::-1]),
+), relevant=_places_of_sizes)
+
+
+def _token_budget_probes() -> list[Call]:
+    "Exact fits, equal lengths, a row that fills the budget alone, one row, and pairs."
+    pairs = np.array([[4, 2], [1, 4], [9, 3], [5, 5], [2, 8], [1, 1], [3, 3]])
+    return [call([4, 4, 2, 2, 2, 1], 8), call(np.array([3, 9, 1, 4, 4, 2, 7]), 12), call(pairs, 20), call([10, 1, 1, 1, 1], 10), call([5], 9),
+            call([2, 6, 2, 6, 3, 3, 1, 1, 1], 13), call(pairs, 36), call([3, 3, 3, 3], 6)]
+
+
+def _fill(lengths, max_tokens, fits=None, rows=None):
+    "Rows in order (longest first) into batches while `fits(batch with the row, its lengths, sequences a row)`."
+    table = np.asarray(lengths).reshape(len(lengths), -1)
+    longest, batches = table.max(1), []
+    fits = fits or (lambda batch, widths, k: len(batch) * max(widths) * k <= max_tokens)
+    for row in (np.argsort(-longest, kind="stable").tolist() if rows is None else rows):
+        batch = [*batches[-1], row] if batches else []
+        if not batch or not fits(batch, [int(longest[i]) for i in batch], table.shape[1]):
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+_TOKEN_BUDGET_BATCHES = Exercise("rlhf_course.padding:token_budget_batches", _token_budget_probes, (
+    ("You counted real tokens: pads take places too. A batch takes its number of rows times its width.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: sum(np.asarray(lengths)[i].sum() for i in batch) <= m)),
+    ("You began a new batch at exactly the budget: up to and including max_tokens is allowed.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: len(batch) * max(widths) * k < m)),
+    ("You looked at what the batch takes before the row is in it, so batches go over the budget: count the row that comes.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: (len(batch) - 1) * max(widths) * k < m)),
+    ("You took the width of the row that comes: the batch is as wide as its longest row, the first.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: len(batch) * widths[-1] * k <= m)),
+    ("You did not sort: rows come from the longest to the shortest.",
+     lambda lengths, m: _fill(lengths, m, rows=range(len(lengths)))),
+    ("You went from the shortest to the longest: the longest comes first.",
+     lambda lengths, m: _fill(lengths, m, rows=np.argsort(np.asarray(lengths).reshape(len(lengths), -1).max(1), kind="stable").tolist())),
+    ("Rows of equal length are turned round: keep them in the order of their numbers, with kind=\"stable\" on minus the lengths.",
+     lambda lengths, m: _fill(lengths, m, rows=np.argsort(np.asarray(lengths).reshape(len(lengths), -1).max(1), kind="stable").tolist()[::-1])),
+    ("You counted one sequence a row: a row of a pair takes two times the width.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: len(batch) * max(widths) <= m)),
+    ("You added the two lengths of a pair: both are padded to the width of the batch.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: len(batch) * max(np.asarray(lengths)[i].sum() for i in batch) <= m)),
+    ("You dropped the last batch: add what is left when the rows are at an end.",
+     lambda lengths, m: _fill(lengths, m)[:-1]),
+    ("You lost the row that did not fit: it begins the next batch.",
+     lambda lengths, m: (lambda full: [full[0]] + [batch[1:] for batch in full[1:] if batch[1:]])(_fill(lengths, m))),
+    ("You gave all batches the size that fits the longest row: a narrower batch holds more rows.",
+     lambda lengths, m: _fill(lengths, m, lambda batch, widths, k: len(batch) <= max(1, m // (int(np.max(lengths)) * k)))),
+    ("You returned places in the sorted order: the row numbers of `lengths` are wanted.",
+     lambda lengths, m: (lambda place: [[place[row] for row in batch] for batch in _fill(lengths, m)])(
+         {row: at for at, row in enumerate(sum(_fill(lengths, m), []))})),
+    ("You returned lengths: row numbers are wanted.",
+     lambda lengths, m: [[int(np.max(lengths[row])) for row in batch] for batch in _fill(lengths, m)]),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #74245bbe
+def _layer_activations_probes() -> list[Call]:
+    "Grouped heads and not, both kernels, with pads and without, two sizes of an activation."
+    plain, grouped = ModelShape(24, 3, 4, 4, 80, 100), ModelShape(48, 2, 6, 2, 100, 70)
+    return [call(plain, 3, 5), call(grouped, 2, 7), call(grouped, 2, 7, True, True), call(plain, 4, 9, False), call(grouped, 5, 11, False, True),
+            call(grouped, 3, 8, activation_bytes=2), call(grouped, 3, 6, False, False, 2), call(plain, 1, 13, True, True, 2)]
+
+
+def _layer(shape, B, T, fused=True, padded=False, a=4, *, n_norms=2, norm=None, scales=4, kv=None, n_wide=4, per_head=4, output=1, square=None, power=2, batch=True):
+    "The right formula with its numbers as arguments."
+    places, D = B * T, shape.hidden_size
+    kv = (shape.kv_size if fused and not padded else D) if kv is None else kv
+    square = (a * padded if fused else shape.n_heads * (4 if a == 4 else 4 + a)) if square is None else square
+    linear = (n_norms * ((4 + 2 * a if norm is None else norm) * places * D + scales * places) + a * places * (D + 2 * kv + output * D)
+              + (per_head * shape.n_heads * places if fused else 0) + n_wide * a * places * shape.intermediate_size)
+    return linear, square * (B if batch else 1) * T**power
+
+
+def _size(named):
+    "Named arguments with the size of an activation under its short name."
+    return {{"activation_bytes": "a"}.get(name, name): value for name, value in named.items()}
+
+
+def _bytes(positional, named):
+    "The size of an activation in a call."
+    return named.get("activation_bytes", positional[5] if len(positional) > 5 else 4)
+
+
+def _kernel(positional, named):
+    "Whether attention is fused in a call, and whether there are pads."
+    given = [*positional[3:5], *(True, False)[len(positional[3:5]):]]
+    return named.get("fused", given[0]), named.get("padded", given[1])
+
+
+_LAYER_ACTIVATIONS = Exercise("rlhf_course.memory:layer_activations", _layer_activations_probes, (
+    ("You counted one norm: a layer has two, before attention and before the feed-forward part.",
+     lambda *p, **q: _layer(*p, **_size(q), n_norms=1)),
+    ("You counted a norm's three tensors alike: its input is saved in float32, 4 bytes, whatever an activation has.",
+     lambda *p, **q: _layer(*p, **_size(q), norm=3 * _bytes(p, q))),
+    ("You left out the one scale a place that each norm saves in float32.",
+     lambda *p, **q: _layer(*p, **_size(q), scales=0)),
+    ("You gave keys and values the full width everywhere: the fused kernel without pads saves them at kv_size.",
+     lambda *p, **q: _layer(*p, **_size(q), kv=p[0].hidden_size)),
+    ("You gave keys and values the width kv_size everywhere: written out, or with pads, they are repeated to the full width.",
+     lambda *p, **q: _layer(*p, **_size(q), kv=p[0].kv_size)),
+    ("You left out the output of attention, which the output projection multiplies.",
+     lambda *p, **q: _layer(*p, **_size(q), output=0)),
+    ("The feed-forward part saves four tensors of width I: gate, its SiLU, up, and their product. You have three.",
+     lambda *p, **q: _layer(*p, **_size(q), n_wide=3)),
+    ("The feed-forward part saves four tensors of width I, as it is a gated one: gate, its SiLU, up, and their product. You have two.",
+     lambda *p, **q: _layer(*p, **_size(q), n_wide=2)),
+    ("You left out what the fused kernel saves: one float32 number for each head and place.",
+     lambda *p, **q: _layer(*p, **_size(q), per_head=0)),
+    ("You gave the fused kernel one number a place: it saves one for each head and place.",
+     lambda *p, **q: _layer(*p, **_size(q), per_head=4 / p[0].n_heads)),
+    ("You gave the written-out attention one T x T table a sequence: it saves one for each head.",
+     lambda *p, **q: _layer(*p, **_size(q), square=None if _kernel(p, q)[0] else (4 if _bytes(p, q) == 4 else 4 + _bytes(p, q)))),
+    ("You gave the fused kernel's mask one T x T table a head: it is one a sequence.",
+     lambda *p, **q: _layer(*p, **_size(q), square=_bytes(p, q) * _kernel(p, q)[1] * p[0].n_heads if _kernel(p, q)[0] else None)),
+    ("You forgot that the fused kernel is handed a mask where there are pads, a B T^2 bytes.",
+     lambda *p, **q: _layer(*p, **_size(q), square=0 if _kernel(p, q)[0] else None)),
+    ("You saved the fused kernel's mask also where there are no pads: then there is none.",
+     lambda *p, **q: _layer(*p, **_size(q), square=_bytes(p, q) if _kernel(p, q)[0] else None)),
+    ("You counted the written-out softmax once in bfloat16: it is saved in float32 and once more in a bytes, 4 + a.",
+     lambda *p, **q: _layer(*p, **_size(q), square=None if _kernel(p, q)[0] else p[0].n_heads * _bytes(p, q))),
+    ("You counted the written-out softmax twice in float32 too: the second copy is made only where a is not 4.",
+     lambda *p, **q: _layer(*p, **_size(q), square=None if _kernel(p, q)[0] else p[0].n_heads * (4 + _bytes(p, q)))),
+    ("Your second number grows with T: a table of attention has T rows and T columns.",
+     lambda *p, **q: _layer(*p, **_size(q), power=1)),
+    ("You left the batch out of the second number: each sequence has a table of its own.",
+     lambda *p, **q: _layer(*p, **_size(q), batch=False)),
+    ("You counted all layers: the bytes of one are wanted.",
+     lambda *p, **q: tuple(p[0].n_layers * part for part in _layer(*p, **_size(q)))),
+    ("You added the two numbers up: return them apart.",
+     lambda *p, **q: sum(_layer(*p, **_size(q)))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #822a5da7
+def _absmax_int8_probes() -> list[Call]:
+    "Rows of different size; a negative largest value; rows of zeros; all zeros; a single number."
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(5, 7, generator=draw) * torch.tensor([[1.0], [10.0], [0.1], [3.0], [0.01]])
+    x[1, 2] = -40.0
+    some_zero = x.clone()
+    some_zero[3] = 0
+    return [call(x), call(x, True), call(some_zero, per_row=True), call(some_zero), call(torch.zeros(2, 3)), call(torch.zeros(2, 3), True),
+            call(torch.tensor([[-2.5]])), call(x.T.contiguous(), True)]
+
+
+def _codes_and_scale(x, per_row=False, dim=1, largest=lambda x: x.abs(), steps=127, rounding=torch.round, kind=torch.int8):
+    "The solution's steps, each of which can be replaced."
+    top = largest(x).amax(dim, keepdim=True) if per_row else largest(x).amax()
+    scale = top / steps
+    return rounding(x / scale.where(scale != 0, torch.ones(()))).to(kind), scale
+
+
+_ABSMAX_INT8 = Exercise("rlhf_course.quantization:absmax_int8", _absmax_int8_probes, (
+    ("You ignored per_row: with it each row has a scale of its own.",
+     lambda x, per_row=False: _codes_and_scale(x, False)),
+    ("You always took a scale per row: without per_row the matrix has one.",
+     lambda x, per_row=False: _codes_and_scale(x, True)),
+    ("You took a scale for each column: a row's largest value is found along dimension 1.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, dim=0)),
+    ("You took the largest value with its sign: a large negative value then overflows; take the absolute value.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, largest=lambda x: x)),
+    ("You divided by 128: the largest value then gets the code 128, which int8 does not have.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, steps=128)),
+    ("You divided by 255: the codes go from -127 to 127, so the largest value is 127 steps from zero.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, steps=255)),
+    ("You cut off the fraction: .to(torch.int8) does that by itself, so round first.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, rounding=torch.trunc)),
+    ("You rounded down: round to the nearest code.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, rounding=torch.floor)),
+    ("Your codes are whole numbers of the wrong kind: they should be int8.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row, kind=x.dtype)),
+    ("You returned the largest value: the scale is what codes are multiplied by, the largest value divided by 127.",
+     lambda x, per_row=False: (lambda codes, scale: (codes, 127 * scale))(*_codes_and_scale(x, per_row))),
+    ("You returned the scale the other way up, what x is multiplied by: codes * scale should give x.",
+     lambda x, per_row=False: (lambda codes, scale: (codes, 1 / scale))(*_codes_and_scale(x, per_row))),
+    ("Your scales have lost a dimension: with per_row they are (n, 1), so that codes * scale works; keepdim=True keeps it.",
+     lambda x, per_row=False: (lambda codes, scale: (codes, scale[:, 0] if per_row else scale))(*_codes_and_scale(x, per_row))),
+    ("You returned the scale before the codes: the codes come first.",
+     lambda x, per_row=False: _codes_and_scale(x, per_row)[::-1]),
+    ("You returned the values that come back: the codes and the scale are wanted.",
+     lambda x, per_row=False: torch.mul(*_codes_and_scale(x, per_row))),
+    ("You gave zeros a scale of 1: it should be zero; only the division needs something else.",
+     lambda x, per_row=False: (lambda codes, scale: (codes, scale.where(scale > 0, torch.ones(()))))(*_codes_and_scale(x, per_row))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #65dfdda8
+def _blockwise_probes() -> list[Call]:
+    "Rows longer and shorter than a block; a last block that is not full; three dimensions; not contiguous; empty."
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(6, 10, generator=draw)
+    x[5, 9] = -9.0
+    return [call(x, 4), call(x, 7), call(x, block_size=16), call(x.T, 8), call(torch.randn(2, 3, 5, generator=draw), 6), call(x, 1), call(x, 100),
+            call(torch.empty(0, 3), 4), call(-x.abs()[0], 5), call(0.01 * x[:1], 4)]
+
+
+def _blocks(x, block_size, fill=0.0):
+    "The tensor as rows of block_size values, filled up at the end."
+    flat = x.reshape(-1)
+    return torch.cat([flat, torch.full((-len(flat) % block_size,), fill, dtype=x.dtype)]).view(-1, block_size)
+
+
+_BLOCKWISE_ABSMAX = Exercise("rlhf_course.quantization:blockwise_absmax", _blockwise_probes, (
+    ("You forgot the absolute value: a block of negative values has a largest absolute value too.",
+     lambda x, block_size: _blocks(x, block_size).amax(1)),
+    ("You took the absolute value of the largest: take the largest of the absolute values.",
+     lambda x, block_size: _blocks(x, block_size).amax(1).abs()),
+    ("You dropped the last block because it is not full: it needs a scale too.",
+     lambda x, block_size: (lambda flat: flat[: len(flat) // block_size * block_size].view(-1, block_size).abs().amax(1))(x.reshape(-1))),
+    ("You started new blocks in each row: the tensor is read as one list, and blocks do not stop at the end of a row.",
+     lambda x, block_size: torch.cat([_blocks(row, block_size).abs().amax(1) for row in x.reshape(-1, x.shape[-1])] or [x.reshape(-1)])),
+    ("You read the tensor column by column: read it row by row.",
+     lambda x, block_size: _blocks(x.permute(*range(x.ndim)[::-1]), block_size).abs().amax(1)),
+    ("You made block_size blocks: blocks of block_size values are wanted.",
+     lambda x, block_size: _blocks(x, max(1, -(-x.numel() // block_size))).abs().amax(1)),
+    ("You took values that lie block_size apart: a block is values that stand next to each other.",
+     lambda x, block_size: _blocks(x, block_size).reshape(block_size, -1).abs().amax(0) if x.numel() else x.reshape(-1)),
+    ("You took the largest at each place over all blocks: take the largest within each block, along dimension 1.",
+     lambda x, block_size: _blocks(x, block_size).abs().amax(0) if x.numel() else torch.zeros(block_size)),
+    ("You took the mean of the absolute values: the largest is asked for.",
+     lambda x, block_size: _blocks(x, block_size).abs().mean(1)),
+    ("You took the root mean square: the largest absolute value is asked for.",
+     lambda x, block_size: _blocks(x, block_size).square().mean(1).sqrt()),
+    ("You filled up the last block with ones: they may be larger than its values; use zeros.",
+     lambda x, block_size: _blocks(x, block_size, fill=1.0).abs().amax(1)),
+    ("You divided by 127: the largest absolute value itself is asked for.",
+     lambda x, block_size: _blocks(x, block_size).abs().amax(1) / 127),
+    ("You kept a dimension of size 1: one dimension is wanted, a number a block.",
+     lambda x, block_size: _blocks(x, block_size).abs().amax(1, keepdim=True)),
+    ("You returned one number for the whole tensor: one for each block is wanted.",
+     lambda x, block_size: x.abs().amax() if x.numel() else torch.zeros(())),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #a3340a72
+def _nearest_level_probes() -> list[Call]:
+    "Uneven levels, even ones, two; on levels, between them, in the middle, beyond; any shape."
+    draw = torch.Generator().manual_seed(6)
+    uneven, even = torch.tensor([-1.0, -0.25, 0.0, 0.125, 0.5, 1.0]), torch.linspace(-1, 1, 9)
+    return [call(torch.randn(4, 5, generator=draw), uneven), call(torch.tensor([-0.625, -0.125, 0.0625, 0.3125, 0.75]), uneven), call(uneven.clone(), uneven),
+            call(torch.tensor([[-7.0, 7.0]]), even), call(torch.tensor(0.3), even), call(torch.randn(2, 3, 2, generator=draw), levels=torch.tensor([-1.0, 1.0])),
+            call(torch.rand(30, generator=draw) * 2 - 1, even)]
+
+
+def _middles(levels):
+    "The middles between neighbours."
+    return (levels[:-1] + levels[1:]) / 2
+
+
+_NEAREST_LEVEL = Exercise("rlhf_course.quantization:nearest_level", _nearest_level_probes, (
+    ("You counted the levels below x: that rounds up to the next level; count the middles between levels.",
+     lambda x, levels: torch.bucketize(x, levels).clamp(max=len(levels) - 1)),
+    ("You rounded down to the level below: the one above may be nearer.",
+     lambda x, levels: (torch.bucketize(x, levels, right=True) - 1).clamp(min=0)),
+    ("You counted the levels below x, which is one too many beyond the last: count the middles between levels.",
+     lambda x, levels: torch.bucketize(x, levels)),
+    ("In the middle of two levels you took the upper: the lower is asked for, so bucketize without right=True.",
+     lambda x, levels: torch.bucketize(x, _middles(levels), right=True)),
+    ("You took the levels for evenly spaced: they are not, so compare with the middles between them.",
+     lambda x, levels: ((x - levels[0]) / (levels[-1] - levels[0]) * (len(levels) - 1)).round().long().clamp(0, len(levels) - 1)),
+    ("You returned the level itself: its index is wanted.",
+     lambda x, levels: levels[torch.bucketize(x, _middles(levels))]),
+    ("You returned the distance to the nearest level: its index is wanted.",
+     lambda x, levels: (x - levels[torch.bucketize(x, _middles(levels))]).abs()),
+    ("You took the farthest level: the smallest distance is wanted.",
+     lambda x, levels: (x[..., None] - levels).abs().argmax(-1)),
+    ("You forgot the absolute value of the difference: the smallest difference then is to the largest level.",
+     lambda x, levels: (x[..., None] - levels).argmin(-1)),
+    ("You counted from 1: the lowest level has index 0.",
+     lambda x, levels: torch.bucketize(x, _middles(levels)) + 1),
+    ("You counted the middles above x, so your levels are numbered from the top: the lowest has index 0.",
+     lambda x, levels: len(levels) - 1 - torch.bucketize(x, _middles(levels))),
+    ("Your indices are 32-bit: they should be long, which bucketize gives without out_int32.",
+     lambda x, levels: torch.bucketize(x, _middles(levels), out_int32=True)),
+    ("You flattened the numbers: the result has the shape of x.",
+     lambda x, levels: torch.bucketize(x.reshape(-1), _middles(levels))),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #fda8944a
+def _bits_probes() -> list[Call]:
+    "The usual settings and others, in which no two terms agree by chance."
+    return [call(4, 64), call(4, 64, 256), call(8, 128), call(8, 128, 64), call(4, 32, double_block_size=512), call(3, 16), call(4, 4096, 16)]
+
+
+_BITS_PER_WEIGHT = Exercise("rlhf_course.quantization:bits_per_weight", _bits_probes, (
+    ("You left out the scales: each block has one, and its weights share its bits.",
+     lambda bits, block, double=None: float(bits)),
+    ("You left out double quantization: with it a scale has 8 bits, and shares one of 32.",
+     lambda bits, block, double=None: bits + 32 / block),
+    ("You forgot the scales of the scales: double_block_size of them share 32 bits.",
+     lambda bits, block, double=None: bits + (32 / block if double is None else 8 / block)),
+    ("You shared the second scale among the scales only: it serves block_size times double_block_size weights.",
+     lambda bits, block, double=None: bits + 32 / block if double is None else bits + 8 / block + 32 / double),
+    ("You counted the 32 bits of a scale twice: with double quantization it has 8 bits in place of 32.",
+     lambda bits, block, double=None: bits + 32 / block if double is None else bits + 32 / block + 8 / block + 32 / (block * double)),
+    ("You kept the first scale at 32 bits: with double quantization it has 8.",
+     lambda bits, block, double=None: bits + 32 / block if double is None else bits + 32 / block + 32 / (block * double)),
+    ("You gave scales 16 bits: they are in float32.",
+     lambda bits, block, double=None: bits + 16 / block if double is None else bits + 8 / block + 16 / (block * double)),
+    ("You gave the second scale 8 bits too: it is in float32.",
+     lambda bits, block, double=None: bits + 32 / block if double is None else bits + 8 / block + 8 / (block * double)),
+    ("You gave the scales as many bits as the codes: a scale has 32, or 8 under double quantization.",
+     lambda bits, block, double=None: bits + 32 / block if double is None else bits + bits / block + 32 / (block * double)),
+    ("You took the bits of a scale for bytes: a float32 has 32 bits, which are 4 bytes.",
+     lambda bits, block, double=None: bits + 4 / block if double is None else bits + 1 / block + 4 / (block * double)),
+    ("You returned bytes: bits are asked for.",
+     lambda bits, block, double=None: (bits + 32 / block if double is None else bits + 8 / block + 32 / (block * double)) / 8),
+    ("You returned the scales' share alone: the code's own bits count too.",
+     lambda bits, block, double=None: 32 / block if double is None else 8 / block + 32 / (block * double)),
+    ("You divided whole numbers by //, so the fractions are lost.",
+     lambda bits, block, double=None: float(bits + 32 // block if double is None else bits + 8 // block + 32 // (block * double))),
+    ("You returned the bits of a whole block: divide by the weights in it.",
+     lambda bits, block, double=None: float(bits * block + 32 if double is None else (bits * block + 8) * double + 32)),
+))
+
 # %% ../nbs/93_exercise_bank.ipynb #a0413c78
 EXERCISES = {exercise.name: exercise
-             for exercise in (_RAO_KUPPER, _BAYES_ACCURACY, _BAYES_LOG_LOSS, _TOKEN_LOGPROBS, _POSITION_IDS)}
+             for exercise in (_RAO_KUPPER, _BAYES_ACCURACY, _BAYES_LOG_LOSS, _TOKEN_LOGPROBS, _POSITION_IDS,
+                              _LOW_RANK_UPDATE, _LORA_PARAMETER_COUNT, _BEST_LOW_RANK, _BINOMIAL_INTERVAL, _SELF_AGREEMENT,
+                              _SHARED_PROMPT, _SPLIT_TRANSCRIPT,
+                              _BT_LOG_LIKELIHOOD, _BT_GRADIENT, _LONGER_WINS, _PROMPT_FOLDS,
+                              _PAD_BATCH, _PADDING_FRACTION, _OPTIMAL_SIZES, _TOKEN_BUDGET_BATCHES, _LAYER_ACTIVATIONS,
+                              _ABSMAX_INT8, _BLOCKWISE_ABSMAX, _NEAREST_LEVEL, _BITS_PER_WEIGHT)}
 
 
 def find_exercise(

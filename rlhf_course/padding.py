@@ -5,24 +5,52 @@
 # %% ../nbs/02_padding.ipynb #7b4ec63e
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .checks import bad_argument
+from .loading import shared_prompt
+from .plots import figure_to_png, new_figure
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # %% auto #0
-__all__ = ['LABELS', 'PAIR_COLUMNS', 'pad_batch', 'encode_conversations', 'tokenize_pairs', 'PairCollator', 'padding_fraction',
-           'optimal_batches']
+__all__ = ['ODD_TEXTS', 'LABELS', 'PAIR_COLUMNS', 'BOTH_FORM', 'BOTH_COLUMNS', 'STRATEGIES', 'pad_batch', 'encode_conversations',
+           'transcript', 'encode_messages', 'tokenize_pairs', 'tokenize_both', 'PairCollator', 'draw_batch',
+           'padding_fraction', 'cut_batches', 'length_grouped_batches', 'optimal_sizes', 'optimal_batches',
+           'token_budget_batches', 'optimal_token_batches', 'pack_rows', 'packed_batch', 'make_batches', 'batch_figure',
+           'has_reader', 'batch_slider', 'length_correlation']
 
 # %% ../nbs/02_padding.ipynb #893f0b93
+def _check_padding(lengths: Sequence[int], padding_side: str, pad_to_multiple_of: int | None) -> None:
+    "Raises ValueError for arguments that `pad_batch` cannot serve."
+    if len(lengths) == 0 or min(lengths) == 0:
+        shown = f"lengths {list(lengths)[:8]}"
+        raise bad_argument("pad_batch", "sequences", "at least one, and none of them empty", shown, "drop empty texts")
+    if padding_side not in ("left", "right"):
+        raise bad_argument("pad_batch", "padding_side", "'left' or 'right'", repr(padding_side), "choose one")
+    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+        raise bad_argument("pad_batch", "pad_to_multiple_of", "at least 1, or None", pad_to_multiple_of, "try 8")
+
+
+def _flat(sequences: Sequence[Sequence[int]], n_tokens: int) -> np.ndarray:
+    "All ids one after another, (n_tokens,) int64."
+    if all(type(sequence) is list for sequence in sequences):  # packing ids as machine integers is numpy's fastest way in
+        return np.frombuffer(struct.pack(f"{n_tokens}q", *itertools.chain.from_iterable(sequences)), dtype=np.int64)
+    return np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+
+# %% ../nbs/02_padding.ipynb #cd79023d
 def pad_batch(
     sequences: Sequence[Sequence[int]],  # token ids of each sequence: B lists, arrays or tensors, none empty
     pad_token_id: int,  # id that fills the free places
@@ -34,27 +62,22 @@ def pad_batch(
     Raises: ValueError for no sequences, an empty sequence, an unknown side or a multiple below 1.
     """
     lengths = np.array([len(sequence) for sequence in sequences])
-    _check_padding(lengths, padding_side, pad_to_multiple_of)
+    _check_padding(lengths.tolist(), padding_side, pad_to_multiple_of)
     multiple = pad_to_multiple_of or 1
     width = -(-int(lengths.max()) // multiple) * multiple
     place = np.arange(width)
     mask = place < lengths[:, None] if padding_side == "right" else place >= width - lengths[:, None]
     input_ids = np.full(mask.shape, pad_token_id, dtype=np.int64)
-    input_ids[mask] = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    input_ids[mask] = _flat(sequences, int(lengths.sum()))
     return torch.from_numpy(input_ids), torch.from_numpy(mask.astype(np.int64))
 
-
-def _check_padding(lengths: np.ndarray, padding_side: str, pad_to_multiple_of: int | None) -> None:
-    "Raises ValueError for arguments that `pad_batch` cannot serve."
-    if len(lengths) == 0 or lengths.min() == 0:
-        shown = f"lengths {lengths.tolist()[:8]}"
-        raise bad_argument("pad_batch", "sequences", "at least one, and none of them empty", shown, "drop empty texts")
-    if padding_side not in ("left", "right"):
-        raise bad_argument("pad_batch", "padding_side", "'left' or 'right'", repr(padding_side), "choose one")
-    if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-        raise bad_argument("pad_batch", "pad_to_multiple_of", "at least 1, or None", pad_to_multiple_of, "try 8")
-
 # %% ../nbs/02_padding.ipynb #40f2b934
+def _with_end(ids: list[list[int]], tokenizer: Any) -> list[list[int]]:
+    "Each sequence with the tokenizer's end token as its last token, where it has one."
+    end = tokenizer.eos_token_id
+    return [i if end is None or i[-1:] == [end] else [*i, end] for i in ids]
+
+
 def encode_conversations(
     prompts: Sequence[str],  # what the user asked, one text for each response
     responses: Sequence[str],  # what the assistant answered, at least one
@@ -68,54 +91,206 @@ def encode_conversations(
     if tokenizer.chat_template:
         turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
         return tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
-    ids = tokenizer([f"{prompt}\n\n{response}" for prompt, response in pairs], verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    return [i if end is None or i[-1:] == [end] else [*i, end] for i in ids]
+    return _with_end(tokenizer([f"{prompt}\n\n{response}" for prompt, response in pairs], verbose=False)["input_ids"], tokenizer)
 
 # %% ../nbs/02_padding.ipynb #392b69dd
-def _refuse_long(ids: list[list[int]], indices: list[int], side: str, max_length: int | None) -> None:
-    "Raises ValueError for the first sequence over `max_length`."
-    for index, sequence in zip(indices, ids):
-        if max_length is not None and len(sequence) > max_length:
-            raise bad_argument(
-                "tokenize_pairs", "comparisons", f"of at most {max_length} tokens a sequence",
-                f"{len(sequence)} for the prompt and response_{side} of row {index + 1}",
-                "call filter_long first with lower limits, or raise max_length",
-            )  # fmt: skip
+def transcript(
+    messages: Sequence[Mapping[str, str]],  # turns, each with a role and its content
+) -> str:  # one paragraph a turn
+    "Turns as text, for a tokenizer without a chat template: `User: ...`, blank line, `Assistant: ...`."
+    return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in messages)
 
-# %% ../nbs/02_padding.ipynb #c07135f8
+
+def encode_messages(
+    conversations: Sequence[Sequence[Mapping[str, str]]],  # each a list of turns, {"role": ..., "content": ...}
+    tokenizer: Any,  # a transformers tokenizer
+) -> list[list[int]]:  # token ids of each conversation, not padded
+    """Token ids of conversations of any number of turns, exactly as the tokenizer's chat template writes them.
+
+    Without a chat template: the transcript, the special tokens the tokenizer adds, and an end token.
+    """
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template([list(turns) for turns in conversations], return_dict=True)["input_ids"]
+    return _with_end(tokenizer([transcript(turns) for turns in conversations], verbose=False)["input_ids"], tokenizer)
+
+# %% ../nbs/02_padding.ipynb #4914cb7a
+ODD_TEXTS = ("word", " space", "\nline", "\n\nlines", "end ", "end\n", "'s", ".", "7", "é", "\u0301x", "中", "🥚", "(x)", "__", "a  b",
+             "\t", "<s>", "İ", "word\r\n", "_", "-1", "¡x!")  # texts whose ends are likely to merge with what stands beside them
+
+
+def _frame(render: Callable[..., str], n_texts: int, tokenizer: Any) -> list[np.ndarray] | None:
+    "Ids of what `render` writes around its texts; None where the ids of the parts, joined, are not those of the whole."
+    marks = [f"\ue000{i}\ue000" for i in range(n_texts)]
+    around = re.split("|".join(marks), render(*marks))
+    if len(around) != n_texts + 1:
+        return None
+    for shift in range(len(ODD_TEXTS)):
+        texts = [ODD_TEXTS[(shift + 5 * i) % len(ODD_TEXTS)] for i in range(n_texts)]
+        parts = [part for pair in itertools.zip_longest(around, texts, fillvalue="") for part in pair]
+        ids = tokenizer([*parts, render(*texts)], add_special_tokens=False, verbose=False)["input_ids"]
+        if sum(ids[:-1], []) != ids[-1]:
+            return None
+    return [np.array(ids, dtype=np.int32) for ids in tokenizer(around, add_special_tokens=False)["input_ids"]]
+
+
+class _Encoder:
+    "Token ids of many conversations; each distinct text, or conversation where texts cannot be joined, is tokenized once."
+
+    def __init__(self, encode: Callable[[list], list[list[int]]], frame: list[np.ndarray] | None, tokenizer: Any):
+        self.encode, self.frame, self.tokenizer = encode, frame, tokenizer
+        self.known: dict[Any, np.ndarray] = {}  # 4 bytes a token of all distinct texts
+
+    def learn(self, keys: list, encode: Callable[[list], list[list[int]]]) -> None:
+        "Tokenizes the keys that are not known yet."
+        if new := [key for key in dict.fromkeys(keys) if key not in self.known]:
+            self.known |= {key: np.array(ids, dtype=np.int32) for key, ids in zip(new, encode(new), strict=True)}
+
+    def __call__(self, conversations: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+        "All ids one after another, (sum of lengths,) int32, and the length of each conversation, (B,)."
+        joins = [self.frame is not None and isinstance(key[0], str) for key in conversations]  # of texts, not of turns
+        self.learn([text for join, texts in zip(joins, conversations) if join for text in texts],
+                   lambda texts: self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        self.learn([key for join, key in zip(joins, conversations) if not join], self.encode)
+        known, (first, *others) = self.known, self.frame or [None]
+        parts = [[first, *(part for text, after in zip(key, others) for part in (known[text], after))] if join else [known[key]]
+                 for join, key in zip(joins, conversations)]
+        lengths = np.array([sum(map(len, pieces)) for pieces in parts])
+        return np.concatenate([piece for pieces in parts for piece in pieces]), lengths
+
+# %% ../nbs/02_padding.ipynb #a6186d40
+def _one_turn(prompt: str, response: str) -> list[dict[str, str]]:
+    "The messages of a question and its answer."
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _encode_keys(keys: list[tuple], tokenizer: Any) -> list[list[int]]:
+    "Token ids of conversations that are given as (prompt, response), or as turns (role, content)."
+    ids: dict[int, list[int]] = {}
+    plain = [i for i, key in enumerate(keys) if isinstance(key[0], str)]
+    turns = [i for i, key in enumerate(keys) if not isinstance(key[0], str)]
+    if plain:
+        ids |= zip(plain, encode_conversations(*zip(*(keys[i] for i in plain)), tokenizer))
+    if turns:
+        messages = [[{"role": role, "content": content} for role, content in keys[i]] for i in turns]
+        ids |= zip(turns, encode_messages(messages, tokenizer))
+    return [ids[i] for i in range(len(keys))]
+
+
+def _turns(table: pa.Table, side: str) -> list[tuple | None]:
+    "The messages of one side of each row as (role, content) turns, None for a row without."
+    name = f"messages_{side}"
+    rows = table[name].to_pylist() if name in table.column_names else [None] * len(table)
+    return [tuple((turn["role"], turn["content"]) for turn in row) if row else None for row in rows]
+
+
+def _token_columns(ids: np.ndarray, lengths: np.ndarray, suffix: str = "") -> dict[str, pa.Array]:
+    "The columns input_ids and attention_mask of some rows."
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    columns = {"input_ids": ids, "attention_mask": np.ones(len(ids), dtype=np.int8)}
+    return {name + suffix: pa.ListArray.from_arrays(ends, values) for name, values in columns.items()}
+
+
+def _refuse_long(function: str, what: str, lengths: np.ndarray, indices: list[int], max_length: int | None) -> None:
+    "Raises ValueError for the first sequence over `max_length`."
+    if max_length is not None and (lengths > max_length).any():
+        first = int(np.argmax(lengths > max_length))
+        raise bad_argument(function, "comparisons", f"of at most {max_length} tokens a sequence",
+                           f"{lengths[first]} for the prompt and {what} of row {indices[first] + 1}",
+                           "call filter_long first with lower limits, or raise max_length")
+
+
+def _map_tables(function: str, comparisons: Dataset, tokenize: Callable, description: str) -> Dataset:
+    "`tokenize` over all rows, batch by batch as Arrow tables."
+    if len(comparisons) == 0:
+        raise bad_argument(function, "comparisons", "at least one row", "none", "see the last filter's report")
+    tables = comparisons.with_format("arrow")
+    return tables.map(tokenize, batched=True, with_indices=True, desc=description).with_format(None)
+
+# %% ../nbs/02_padding.ipynb #0e3e77c3
 LABELS = {"a": 0, "b": 1, "tie": 2}  # winner -> class
 PAIR_COLUMNS = ("input_ids_a", "attention_mask_a", "input_ids_b", "attention_mask_b", "label")  # of a tokenized row
 
 
 def tokenize_pairs(
-    comparisons: Dataset,  # comparisons in the one schema, at least one
+    comparisons: Dataset,  # comparisons in the one schema, at least one; `messages_a` and `messages_b` are used where not null
     tokenizer: Any,  # a transformers tokenizer, with or without a chat template
     *,
     max_length: int | None = None,  # most tokens in a sequence; None for no limit
 ) -> Dataset:  # PAIR_COLUMNS: token ids and masks (lists, not padded), and label (0 a won, 1 b won, 2 tie)
     """Comparisons as token ids: for each response one sequence, the conversation of the prompt and that response.
 
-    A response that several neighbouring comparisons share is tokenized once.
+    Each distinct text of the data set is tokenized once where the chat template permits, else each distinct conversation.
     Raises: ValueError for an empty set and for a sequence over `max_length`; nothing is ever cut.
     """
-    if len(comparisons) == 0:
-        raise bad_argument("tokenize_pairs", "comparisons", "at least one row", "none", "see the last filter's report")
+    frame = None
+    if tokenizer.chat_template:
+        frame = _frame(lambda *texts: tokenizer.apply_chat_template(_one_turn(*texts), tokenize=False), 2, tokenizer)
+    encoder = _Encoder(lambda keys: _encode_keys(keys, tokenizer), frame, tokenizer)
 
-    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        columns: dict[str, list] = {"label": [LABELS[winner] for winner in batch["winner"]]}
-        sides = {side: list(zip(batch["prompt"], batch[f"response_{side}"])) for side in ("a", "b")}
-        distinct = list(dict.fromkeys(sides["a"] + sides["b"]))  # comparisons of one prompt often share responses
-        tokens = dict(zip(distinct, encode_conversations(*zip(*distinct), tokenizer)))
-        for side, conversations in sides.items():
-            ids = [tokens[conversation] for conversation in conversations]
-            _refuse_long(ids, indices, side, max_length)
-            columns |= {f"input_ids_{side}": ids, f"attention_mask_{side}": [[1] * len(i) for i in ids]}
-        return columns
+    def tokenize(table: pa.Table, indices: list[int]) -> pa.Table:
+        columns, prompts = {}, table["prompt"].to_pylist()
+        for side in ("a", "b"):
+            pairs = zip(_turns(table, side), prompts, table[f"response_{side}"].to_pylist())
+            ids, lengths = encoder([turns or (prompt, response) for turns, prompt, response in pairs])
+            _refuse_long("tokenize_pairs", f"response_{side}", lengths, indices, max_length)
+            columns |= _token_columns(ids, lengths, f"_{side}")
+        return pa.table(columns | {"label": pa.array([LABELS[winner] for winner in table["winner"].to_pylist()])})
 
-    old = comparisons.column_names
-    tokenized = comparisons.map(tokenize, batched=True, with_indices=True, remove_columns=old, desc="Tokenizing pairs")
-    return tokenized.select_columns(list(PAIR_COLUMNS))
+    return _map_tables("tokenize_pairs", comparisons, tokenize, "Tokenizing pairs")
+
+# %% ../nbs/02_padding.ipynb #84c1ce8e
+BOTH_FORM = "{prompt}\n\nResponse A:\n{response_a}\n\nResponse B:\n{response_b}"  # what the user turn holds
+BOTH_COLUMNS = ("input_ids", "attention_mask", "label")  # of a tokenized row
+
+
+def _both_texts(table: pa.Table) -> list[tuple[str, str, str]]:
+    "Prompt and both responses of each row; of a dialogue as transcripts of the shared turns and of what follows on each side."
+    rows = list(zip(*(table[name].to_pylist() for name in ("prompt", "response_a", "response_b"))))
+    for i, sides in enumerate(zip(_turns(table, "a"), _turns(table, "b"))):
+        if None not in sides:
+            a, b = ([{"role": role, "content": content} for role, content in turns] for turns in sides)
+            n_shared = len(shared_prompt(a, b))
+            rows[i] = tuple(part[0]["content"] if len(part) == 1 else transcript(part) for part in (a[:n_shared], a[n_shared:], b[n_shared:]))
+    return rows
+
+# %% ../nbs/02_padding.ipynb #3ee2a67e
+def tokenize_both(
+    comparisons: Dataset,  # comparisons in the one schema, at least one; `messages_a` and `messages_b` are used where not null
+    tokenizer: Any,  # a transformers tokenizer, with or without a chat template
+    *,
+    max_length: int | None = None,  # most tokens in a sequence; None for no limit
+    form: str = BOTH_FORM,  # text of the user turn, with {prompt}, {response_a} and {response_b} in this order
+) -> Dataset:  # BOTH_COLUMNS: token ids and mask (lists, not padded), and label (0 a won, 1 b won, 2 tie)
+    """Comparisons as one sequence each: a user turn with the prompt and both responses, and the start of the assistant's answer.
+
+    Without a chat template the text of the turn and an end token. Texts are tokenized once where the template permits.
+    Raises: ValueError for an empty set, a form without its three fields, and a sequence over `max_length`.
+    """
+    if re.findall(r"{(\w*)}", form) != ["prompt", "response_a", "response_b"]:
+        raise bad_argument("tokenize_both", "form", "a text with {prompt}, {response_a}, {response_b}", repr(form), "see BOTH_FORM")
+    begin, after_prompt, after_a, end = re.split(r"{\w+}", form)  # a text may hold braces itself, so no str.format
+
+    def write(prompt: str, response_a: str, response_b: str) -> str:
+        content = "".join([begin, prompt, after_prompt, response_a, after_a, response_b, end])
+        if not tokenizer.chat_template:
+            return content
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+
+    def encode(rows: list[tuple]) -> list[list[int]]:
+        texts = [write(*row) for row in rows]
+        if tokenizer.chat_template:
+            return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return _with_end(tokenizer(texts, verbose=False)["input_ids"], tokenizer)
+
+    encoder = _Encoder(encode, _frame(write, 3, tokenizer) if tokenizer.chat_template else None, tokenizer)
+
+    def tokenize(table: pa.Table, indices: list[int]) -> pa.Table:
+        ids, lengths = encoder(_both_texts(table))
+        _refuse_long("tokenize_both", "both responses", lengths, indices, max_length)
+        labels = pa.array([LABELS[winner] for winner in table["winner"].to_pylist()])
+        return pa.table(_token_columns(ids, lengths) | {"label": labels})
+
+    return _map_tables("tokenize_both", comparisons, tokenize, "Tokenizing both responses")
 
 # %% ../nbs/02_padding.ipynb #723de9fc
 @dataclass(frozen=True)
@@ -140,7 +315,38 @@ class PairCollator:
         labels = torch.tensor([int(row["label"]) for row in rows])
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
+# %% ../nbs/02_padding.ipynb #53c8a3db
+def draw_batch(
+    attention_mask: np.ndarray | Tensor,  # 1 for tokens and 0 for pads, (B, T)
+    title: str,  # the finding
+    width: int | None = None,  # columns that the picture shows, at least T; None for T
+) -> Figure:  # one line a sequence
+    "A picture of a batch: dark where a token is, light grey where a pad is."
+    fig, ax = new_figure(title, "place in the sequence (tokens)", "sequence of the batch")
+    n_rows, n_columns = attention_mask.shape
+    shown = np.asarray(attention_mask, dtype=float)
+    ax.imshow(shown, cmap="Greys", vmin=-0.2, vmax=1.3, aspect="auto", interpolation="nearest", extent=(0, n_columns, n_rows, 0))
+    ax.set_xlim(0, width or n_columns)
+    ax.grid(visible=False)
+    return fig
+
 # %% ../nbs/02_padding.ipynb #875cee07
+def _length_table(function: str, lengths: Any) -> np.ndarray:
+    "Lengths as a table with one row for each row of the data, (N, sequences a row)."
+    table = np.asarray(lengths)
+    if table.size == 0 or table.min() < 1:
+        got = "none" if table.size == 0 else table.min()
+        raise bad_argument(function, "lengths", "at least one, each at least 1", got, "drop empty texts")
+    return table.reshape(len(table), -1)
+
+
+def _check_batches(batches: Sequence[Sequence[int]]) -> None:
+    "Raises ValueError for no batches and for an empty one."
+    if len(batches) == 0 or min(len(batch) for batch in batches) == 0:
+        sizes = [len(batch) for batch in batches][:8]
+        raise bad_argument("padding_fraction", "batches", "at least one, and none of them empty", sizes, "drop empty ones")
+
+# %% ../nbs/02_padding.ipynb #ea81808b
 def padding_fraction(
     lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,), or of each row's sequences, (N, 2)
     batches: Sequence[Sequence[int]],  # the rows that each batch holds, as indices into `lengths`
@@ -151,25 +357,56 @@ def padding_fraction(
     Raises: ValueError for no batches, an empty batch, or a length below 1.
     """
     table = _length_table("padding_fraction", lengths)
-    if len(batches) == 0 or min(len(batch) for batch in batches) == 0:
-        sizes = [len(batch) for batch in batches][:8]
-        raise bad_argument("padding_fraction", "batches", "at least one, and none of them empty", sizes, "drop empty ones")
-    tokens = sum(int(table[list(batch)].sum()) for batch in batches)
-    places = sum(table[list(batch)].size * int(table[list(batch)].max()) for batch in batches)
-    return (places - tokens) / places
+    _check_batches(batches)
+    parts = [table[list(batch)] for batch in batches]
+    places = sum(part.size * int(part.max()) for part in parts)
+    return (places - sum(int(part.sum()) for part in parts)) / places
+
+# %% ../nbs/02_padding.ipynb #1cb05c3b
+def cut_batches(
+    order: Sequence[int] | np.ndarray,  # row numbers
+    batch_size: int,  # rows in a batch, at least 1; the last batch may have fewer
+) -> list[list[int]]:  # batches in the given order
+    """Batches of neighbours of an order. A size over the number of rows gives one batch.
+
+    Raises: ValueError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise bad_argument("cut_batches", "batch_size", "at least 1", batch_size, "raise it")
+    rows = np.asarray(order, dtype=int).tolist()
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
 
-def _length_table(function: str, lengths: Any) -> np.ndarray:
-    "Lengths as a table with one row for each row of the data, (N, sequences a row)."
-    table = np.asarray(lengths)
-    if table.size == 0 or table.min() < 1:
-        got = "none" if table.size == 0 else table.min()
-        raise bad_argument(function, "lengths", "at least one, each at least 1", got, "drop empty texts")
-    return table.reshape(len(table), -1)
+def length_grouped_batches(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,), or of each row's sequences, (N, 2)
+    batch_size: int,  # rows in a batch, at least 1
+    megabatch: int = 50,  # batches that are sorted together; 1 is random batches
+    seed: int = 0,  # the same seed gives the same batches
+) -> list[list[int]]:  # ceil(N / batch_size) batches in random order
+    """Random batches of similar lengths: megabatches of a shuffled order, sorted inside, cut, and shuffled.
+
+    Raises: ValueError for no lengths, a length below 1, or a batch size or megabatch below 1.
+    Source: the `LengthGroupedSampler` of transformers.
+    """
+    longest = _length_table("length_grouped_batches", lengths).max(axis=1)
+    for name, value in {"batch_size": batch_size, "megabatch": megabatch}.items():
+        if value < 1:
+            raise bad_argument("length_grouped_batches", name, "at least 1", value, "raise it")
+    rng = np.random.default_rng(seed)
+    chunks = cut_batches(rng.permutation(len(longest)), batch_size * megabatch)
+    batches = [batch for rows in chunks for batch in cut_batches(sorted(rows, key=lambda row: -longest[row]), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 # %% ../nbs/02_padding.ipynb #10656175
-def _best_sizes(longest: np.ndarray, batch_size: int) -> list[int]:
-    "The sizes of the batches to cut from `longest` (sorted, long to short) that take the fewest places."
+def optimal_sizes(
+    longest: Sequence[int] | np.ndarray,  # lengths, sorted from long to short, (N,), N >= 1
+    batch_size: int,  # most rows in a batch, at least 1
+) -> list[int]:  # sizes of the ceil(N / batch_size) batches to cut from `longest`, first to last
+    """The sizes of the batches, cut from the sorted lengths, that take the fewest places in all.
+
+    Source: dynamic programming over the places left free so far, as in Bellman and Dreyfus (1962).
+    """
+    longest = np.asarray(longest)
     n_batches = -(-len(longest) // batch_size)
     free = np.arange(n_batches * batch_size - len(longest) + 1)  # places that may be left free so far
     new = free[None, :] - free[:, None]  # (v, u): how many more this batch leaves free
@@ -198,6 +435,216 @@ def optimal_batches(
     longest = _length_table("optimal_batches", lengths).max(axis=1)
     if batch_size < 1:
         raise bad_argument("optimal_batches", "batch_size", "at least 1", batch_size, "raise it")
+    batch_size = min(batch_size, len(longest))
     order = np.argsort(-longest, kind="stable")
-    ends = np.cumsum(_best_sizes(longest[order], batch_size))
+    ends = np.cumsum(optimal_sizes(longest[order], batch_size))
     return [part.tolist() for part in np.split(order, ends[:-1])]
+
+# %% ../nbs/02_padding.ipynb #713913fa
+def _budget_table(function: str, lengths: Any, max_tokens: int) -> np.ndarray:
+    "Lengths as (N, sequences a row); ValueError where a row alone takes more than `max_tokens` places."
+    table = _length_table(function, lengths)
+    if max_tokens < 1:
+        raise bad_argument(function, "max_tokens", "at least 1", max_tokens, "raise it")
+    places = table.max(axis=1) * table.shape[1]
+    if places.max() > max_tokens:
+        raise bad_argument(function, "max_tokens", f"at least {places.max()}, the places of row {places.argmax()} alone", max_tokens,
+                           "raise it, or drop long rows first with filter_long")
+    return table
+
+# %% ../nbs/02_padding.ipynb #3f72ad9c
+def token_budget_batches(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,), or of each row's sequences, (N, 2)
+    max_tokens: int,  # most places in a batch, pads counted
+) -> list[list[int]]:  # rows of each batch, as indices into `lengths`, longest first
+    """Batches filled up from the longest row to the shortest, each of at most `max_tokens` places.
+
+    Raises: ValueError for no lengths, a length below 1, a budget below 1, or a row that does not fit alone.
+    """
+    table = _budget_table("token_budget_batches", lengths, max_tokens)
+    longest, filled = table.max(axis=1), []
+    for row in np.argsort(-longest, kind="stable").tolist():
+        if not filled or (len(filled[-1]) + 1) * longest[filled[-1][0]] * table.shape[1] > max_tokens:
+            filled.append([])
+        filled[-1].append(row)
+    return filled
+
+# %% ../nbs/02_padding.ipynb #b50d70d3
+def optimal_token_batches(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,), or of each row's sequences, (N, 2)
+    max_tokens: int,  # most places in a batch, pads counted
+) -> list[list[int]]:  # rows of each batch, as indices into `lengths`, longest first
+    """The fewest batches of at most `max_tokens` places, and among all ways to make that few the one with the fewest pads.
+
+    Exact: dynamic programming over cuts of the order from long to short.
+    Raises: ValueError for no lengths, a length below 1, a budget below 1, or a row that does not fit alone.
+    """
+    table = _budget_table("optimal_token_batches", lengths, max_tokens)
+    order = np.argsort(-table.max(axis=1), kind="stable")
+    places = (table.max(axis=1)[order] * table.shape[1]).astype(np.int64)  # of a row, in the batch that it leads
+    batch_cost = int(places.sum()) * len(places) + 1  # one batch more costs more than all places together
+    cost = np.full(len(places) + 1, np.iinfo(np.int64).max, dtype=np.int64)
+    back, cost[0] = np.zeros(len(places) + 1, dtype=int), 0
+    for i, width in enumerate(places.tolist()):  # cost[i]: of the first i rows; the next batch begins with row i
+        n = min(max_tokens // width, len(places) - i)
+        total = cost[i] + batch_cost + width * np.arange(1, n + 1)
+        better = total < cost[i + 1 : i + 1 + n]
+        cost[i + 1 : i + 1 + n][better], back[i + 1 : i + 1 + n][better] = total[better], i
+    ends = [len(places)]
+    while ends[-1]:
+        ends.append(int(back[ends[-1]]))
+    return [part.tolist() for part in np.split(order, ends[::-1][1:-1])]
+
+# %% ../nbs/02_padding.ipynb #014fd351
+def pack_rows(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,)
+    row_length: int,  # tokens that a row can hold, at least the longest sequence
+) -> list[list[int]]:  # the sequences of each row, as indices into `lengths`
+    """Rows that hold whole sequences one after another, by first-fit decreasing.
+
+    Raises: ValueError for no lengths, a length below 1, or a sequence longer than a row.
+    Source: Johnson (1973); at most 11/9 of the fewest rows, plus 2/3 of a row (Dosa, 2007).
+    """
+    lengths = _length_table("pack_rows", lengths)[:, 0]
+    if lengths.max() > row_length:
+        raise bad_argument("pack_rows", "row_length", f"at least {lengths.max()}, the longest sequence", row_length, "raise it")
+    rows: list[list[int]] = []
+    room = np.zeros(len(lengths), dtype=int)  # of each row that may be opened
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        has_room = room[: len(rows)] >= lengths[i]
+        row = int(has_room.argmax()) if has_room.any() else len(rows)
+        if row == len(rows):
+            rows.append([])
+            room[row] = row_length
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+# %% ../nbs/02_padding.ipynb #c394f8a7
+def packed_batch(
+    sequences: Sequence[Sequence[int]],  # token ids of each sequence
+    rows: Sequence[Sequence[int]],  # from `pack_rows`: the sequences of each row
+    pad_token_id: int,  # fills up the rows
+) -> dict[str, Tensor]:  # input_ids, position_ids, sequence_ids (R, T) long, sequence_ids -1 for a pad; attention_mask (R, 1, T, T) bool
+    """Packed rows, with positions that begin anew in each sequence and a causal mask of blocks.
+
+    A pad attends to itself alone, as a row of a mask must not be empty. `attention_mask` is True where attention is allowed.
+    """
+    packed = [[token for i in row for token in sequences[i]] for row in rows]
+    positions = [[place for i in row for place in range(len(sequences[i]))] for row in rows]
+    owners = [[i for i in row for _ in sequences[i]] for row in rows]
+    input_ids, _ = pad_batch(packed, pad_token_id)
+    sequence_ids, _ = pad_batch(owners, -1)
+    same = (sequence_ids[:, :, None] == sequence_ids[:, None, :]) & (sequence_ids >= 0)[:, None, :]
+    blocks = torch.tril(same) | torch.eye(input_ids.shape[1], dtype=torch.bool)
+    return {"input_ids": input_ids, "position_ids": pad_batch(positions, 0)[0], "sequence_ids": sequence_ids,
+            "attention_mask": blocks[:, None]}
+
+# %% ../nbs/02_padding.ipynb #e10ed0d4
+STRATEGIES = ("random", "length-grouped", "sorted", "best of equal size", "token budget", "best under the budget", "packed")
+
+
+def make_batches(
+    strategy: str,  # one of STRATEGIES
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,)
+    batch_size: int,  # rows in a batch; the budget of tokens is `batch_size` times the mean length, or the longest sequence
+    seed: int = 0,  # of those that are random
+) -> tuple[list[list[int]], int]:  # the sequences of each batch (of each row where packed), and the places of all batches
+    """Batches by a strategy, and the places they take.
+
+    Packed rows have the length of the longest sequence; what is returned are rows, as all have one width.
+    Raises: ValueError for an unknown strategy, no lengths, a length below 1, or a batch size below 1.
+    """
+    table = _length_table("make_batches", lengths)[:, 0]
+    if batch_size < 1:
+        raise bad_argument("make_batches", "batch_size", "at least 1", batch_size, "raise it")
+    budget = max(int(table.max()), round(batch_size * float(table.mean())))
+    if strategy == "packed":
+        rows = pack_rows(table, int(table.max()))
+        return rows, len(rows) * int(table.max())
+    if strategy == "random":
+        batches = cut_batches(np.random.default_rng(seed).permutation(len(table)), batch_size)
+    elif strategy == "length-grouped":
+        batches = length_grouped_batches(table, batch_size, seed=seed, megabatch=8)
+    elif strategy == "sorted":
+        batches = cut_batches(np.argsort(-table, kind="stable"), batch_size)
+    elif strategy == "best of equal size":
+        batches = optimal_batches(table, batch_size)
+    elif strategy == "token budget":
+        batches = token_budget_batches(table, budget)
+    elif strategy == "best under the budget":
+        batches = optimal_token_batches(table, budget)
+    else:
+        raise bad_argument("make_batches", "strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy), "choose one")
+    return batches, sum(len(batch) * int(table[batch].max()) for batch in batches)
+
+# %% ../nbs/02_padding.ipynb #74a5c4af
+def batch_figure(
+    strategy: str,  # one of STRATEGIES
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,)
+    batch_size: int,  # rows in a batch
+    seed: int = 0,  # of those that are random
+) -> Figure:  # the middle batch; where packed, as many rows from the first on as the batch size says
+    "The picture of one batch of a strategy, with the share of pads of all batches in the title."
+    table = _length_table("batch_figure", lengths)[:, 0]
+    batches, places = make_batches(strategy, table, batch_size, seed)
+    rows = [sum(table[row]) for row in batches[:batch_size]] if strategy == "packed" else table[batches[len(batches) // 2]]
+    width = int(table.max()) if strategy == "packed" else int(max(rows))
+    title = f"{strategy}, {batch_size} a batch: {1 - table.sum() / places:.1%} pads in {len(batches)} {'rows' if strategy == 'packed' else 'batches'}"
+    return draw_batch(np.arange(width) < np.asarray(rows)[:, None], title, int(table.max()))
+
+
+def has_reader() -> bool:  # False under nbconvert, in tests and in a plain interpreter
+    "Whether a front end with a person before it runs this cell: one that can be asked for input."
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
+def batch_slider(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,)
+    batch_size: int = 32,  # rows in a batch, at first
+    strategy: str = "sorted",  # one of STRATEGIES, at first
+    live: bool | None = None,  # True for controls, False for a figure; None for controls where there is a reader and ipywidgets
+) -> Any:  # an ipywidgets box, or a figure
+    "Controls for batch size and strategy that redraw the picture of a batch; without a front end, the picture alone."
+    live = has_reader() if live is None else live
+    try:
+        import ipywidgets as widgets
+    except ImportError:
+        live = False
+    if not live:
+        return batch_figure(strategy, lengths, batch_size)
+    size = widgets.IntSlider(batch_size, 1, min(128, len(lengths)), description="batch size", continuous_update=False)
+    menu = widgets.Dropdown(options=STRATEGIES, value=strategy, description="strategy")
+    picture = widgets.Image(format="png")
+
+    def redraw(change: object = None) -> None:
+        "Draws what the controls say."
+        picture.value = figure_to_png(batch_figure(menu.value, lengths, size.value))
+
+    for control in (size, menu):
+        control.observe(redraw, names="value")
+    redraw()
+    return widgets.VBox([widgets.HBox([size, menu]), picture])
+
+# %% ../nbs/02_padding.ipynb #e3db7380
+def length_correlation(
+    lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,)
+    batches: Sequence[Sequence[int]],  # the rows of each batch; those with one row are left out
+) -> float:  # about 0 for random batches, 1 where all lengths of each batch are the same
+    """The intraclass correlation of length: between two sequences of the same batch, over all such pairs.
+
+    Raises: ValueError where no batch has two sequences, or all lengths are the same.
+    Source: Fisher (1925), Statistical methods for research workers, chapter 7.
+    """
+    table = _length_table("length_correlation", lengths)[:, 0].astype(float)
+    parts = [table[list(batch)] for batch in batches if len(batch) > 1]
+    if not parts or np.ptp(np.concatenate(parts)) == 0:
+        raise bad_argument("length_correlation", "batches", "of two or more sequences of different lengths", "none", "use larger batches")
+    centred = [part - np.concatenate(parts).mean() for part in parts]
+    between = sum((part.sum() ** 2 - (part**2).sum()) / (len(part) - 1) for part in centred)
+    return float(between / sum((part**2).sum() for part in centred))

@@ -158,7 +158,8 @@ def stage_data(
     run: Run, # its comparisons are set
 ) -> None:
     "Comparisons for training and validation, with no prompt in both."
-    from rlhf_course.preferences import comparisons_from_rows, load_comparisons, shuffle_sides, split_by_prompt
+    from rlhf_course.loading import comparisons_from_rows, load_comparisons
+    from rlhf_course.preferences import shuffle_sides, split_by_prompt
     options = run.options
     if options.data is None:
         from rlhf_course.tiny_arena import sample_comparisons, tiny_arena
@@ -168,7 +169,7 @@ def stage_data(
         comparisons, report = load_comparisons(options.data, strict=options.strict)
         report = replace(report, source=options.data.name)
         comparisons = shuffle_sides(comparisons, options.seed)
-    if len(set(comparisons["prompt"])) < 2:
+    if len(comparisons.unique("prompt")) < 2:
         raise ValueError(f"{report.source}: all comparisons have the same prompt, so none can be held out. Give at least two prompts")
     run.train, run.valid = split_by_prompt(comparisons, valid_fraction=0.1, seed=options.seed)
     run.note(str(report))
@@ -182,13 +183,14 @@ def random_prompts(
 ) -> Dataset: # all comparisons of some prompts, at most `n` and at least those of one prompt
     "A random part of the comparisons that keeps the comparisons of a prompt together, since they share responses."
     from collections import Counter
-    counts = Counter(comparisons["prompt"])
+    prompts = comparisons["prompt"][:]
+    counts = Counter(prompts)
     chosen, total = set(), 0
     for prompt in random.Random(seed).sample(sorted(counts), len(counts)):
         if chosen and total + counts[prompt] > n: break
         chosen.add(prompt)
         total += counts[prompt]
-    return comparisons.select([i for i, prompt in enumerate(comparisons["prompt"]) if prompt in chosen])
+    return comparisons.select([i for i, prompt in enumerate(prompts) if prompt in chosen])
 
 # %% ../nbs/92_pipeline.ipynb #118c6d48
 def drop_long(
@@ -262,7 +264,7 @@ def stage_language_model(
         rng_texts = arena_texts(tiny_arena(), seed=options.seed + 2_000_000)
         texts = [next(rng_texts) for _ in range(run.sizes.n_eval)]
         if options.model is None: run.results["language_model"]["entropy"] = source_loss(tiny_arena(), texts)
-    else: texts = list(dict.fromkeys(zip(run.valid["prompt"], run.valid["response_a"])))[:run.sizes.n_eval]
+    else: texts = list(dict.fromkeys(zip(run.valid["prompt"][:], run.valid["response_a"][:])))[:run.sizes.n_eval]
     dialogues = encode_dialogues(run.tokenizer, *zip(*texts))
     run.results["language_model"]["valid_loss"] = evaluate_loss(model, dialogues, run.tokenizer.pad_token_id)
 
@@ -282,11 +284,11 @@ def small_language_model(
     run.note("no --model given: a tokenizer and a model of about a million parameters are trained on the file's own text. Expect "
              "a reward model that sees length and a few words, and text that looks like language without meaning; "
              "give --model for a real one")
-    texts = {text for column in ("prompt", "response_a", "response_b") for text in run.train[column]}
+    texts = {text for column in ("prompt", "response_a", "response_b") for text in run.train[column][:]}
     run.tokenizer = train_bpe_tokenizer(sorted(texts), vocab_size=2048)
     drop_long(run)
     model = tiny_llama(run.tokenizer, run.options.seed).to(device())
-    pairs = sorted({(p, r) for side in "ab" for p, r in zip(run.train["prompt"], run.train[f"response_{side}"])})
+    pairs = sorted({(p, r) for side in "ab" for p, r in zip(run.train["prompt"][:], run.train[f"response_{side}"][:])})
     random.Random(run.options.seed).shuffle(pairs)
     config = PretrainConfig(n_steps=run.sizes.n_pretrain_steps, tokens_per_batch=4096, seed=run.options.seed)
     dialogues = encode_dialogues(run.tokenizer, *zip(*pairs))
@@ -320,7 +322,7 @@ def fresh_comparisons(
 ) -> tuple[Dataset, dict[str, float]]: # comparisons to judge the reward model on, and their Bayes values where known
     "New comparisons from the Tiny Arena, or the held-out part of a file."
     if run.options.data is not None: return run.valid, {}
-    from rlhf_course.preferences import comparisons_from_rows
+    from rlhf_course.loading import comparisons_from_rows
     from rlhf_course.tiny_arena import bayes_accuracy, bayes_log_loss, label_probabilities, sample_comparisons, tiny_arena
     rows = sample_comparisons(tiny_arena(), run.sizes.n_fresh, seed=run.options.seed + 1_000_000)
     fresh, _ = comparisons_from_rows(rows, source="fresh comparisons")
@@ -404,8 +406,8 @@ def rlhf_prompts(
         from rlhf_course.tiny_arena import tiny_arena
         prompts = tiny_arena().prompts
         return prompts, random.Random(run.options.seed).sample(prompts, run.sizes.n_eval)
-    held_out = list(dict.fromkeys(run.valid["prompt"]))
-    return sorted(set(run.train["prompt"])), random.Random(run.options.seed).sample(held_out, min(len(held_out), run.sizes.n_eval))
+    held_out = list(dict.fromkeys(run.valid["prompt"][:]))
+    return sorted(set(run.train["prompt"][:])), random.Random(run.options.seed).sample(held_out, min(len(held_out), run.sizes.n_eval))
 
 # %% ../nbs/92_pipeline.ipynb #4e589170
 def judge_utility(

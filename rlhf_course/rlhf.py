@@ -213,13 +213,14 @@ def center_rewards(
     prompts: Sequence[str], # what it responds to, once each
     config: RLHFConfig, # length, temperature and seed of the responses
 ) -> RewardFn: # the same scores minus a constant
-    """A reward whose zero is the mean score of the model's own responses.
+    """A reward whose zero is the mean score of the model's own responses that have an end (of all, where none has).
 
     Source: Ouyang et al. (2022), section 3.5 (reward modeling).
     """
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    *_, responses = _respond(model, tokenizer, list(prompts), config, generator)
-    offset = float(reward_fn(list(prompts), responses).mean())
+    *_, sample, responses = _respond(model, tokenizer, list(prompts), config, generator)
+    ended = sample.ended.cpu() if sample.ended.any() else torch.ones(len(prompts), dtype=torch.bool)
+    offset = float(reward_fn(list(prompts), responses).cpu()[ended].mean())
     return lambda prompts, responses: reward_fn(prompts, responses) - offset
 
 # %% ../nbs/06_rlhf.ipynb #38e869d6

@@ -11,7 +11,8 @@ import sys
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from rlhf_course.preferences import LoadReport, comparisons_from_rows, filter_long, load_comparisons, split_by_prompt
+from rlhf_course.loading import LoadReport, comparisons_from_rows, load_comparisons
+from rlhf_course.preferences import filter_long, split_by_prompt
 
 GOOD = {"prompt": "Say hello", "response_a": "Hello!", "response_b": "Hey", "winner": "a"}
 ALPACA = {"instruction": "Say hello", "output_1": "Hello!", "output_2": "Hey", "preference": 1}
@@ -154,6 +155,10 @@ REFUSED = {
         json_lines(GOOD) + b'{"prompt": "x", "prompt": "y"}\n',
         "line 2 does not parse as JSON (duplicate column 'prompt')",
     ),
+    "duplicate_in_message.jsonl": (
+        b'{"chosen": [{"role": "user", "content": "x", "role": "system"}], "rejected": []}\n',
+        "line 1 does not parse as JSON (duplicate column 'role')",
+    ),
     "duplicate.json": ('[{"winner": "x", "winner": "y"}]', "the list does not parse as JSON (duplicate column 'winner')"),
     "duplicate.parquet": (DUPLICATE_PARQUET, "duplicate column 'prompt'. Give"),
     # nothing left
@@ -238,7 +243,7 @@ def test_bad_row_is_dropped_and_counted_with_its_line(tmp_path, case):
     reason = REASONS.get(case, case)
     lines = json_lines(GOOD) + b"\n" + json_lines(row) + json_lines(GOOD) + json_lines(row)  # line 2 is blank
     comparisons, report = load_comparisons(put(tmp_path, "rows.jsonl", lines))
-    assert report == LoadReport(str(tmp_path / "rows.jsonl"), 4, 2, {reason: [3, 5]}, "line")
+    assert report == LoadReport(str(tmp_path / "rows.jsonl"), 4, 2, {reason: [3, 5]}, "line", "comparisons")
     assert report.counts() == {reason: 2}
     assert str(report).endswith(f"kept 2 of 4 rows; dropped 2: {reason} 2 (lines 3, 5)")
     assert comparisons["prompt"][:] == ["Say hello"] * 2
@@ -398,6 +403,77 @@ def test_mixed_line_endings_count_as_an_editor_counts(tmp_path):
     assert report.dropped == {"null judgement": [3]} and comparisons["prompt"][:] == ["1", "2", "4", "5", "6"]
 
 
+def test_mixed_line_endings_in_a_csv(tmp_path):
+    text = CSV_HEADER + "1,x,y,a\r\n2,x,y,\n" + '"3\r\nthree","x\ny",z,b\r' + "4,x,x,a\r\n"
+    comparisons, report = load_comparisons(put(tmp_path, "mixed.csv", text))
+    assert report.dropped == {"null judgement": [3], "identical responses": [7]}
+    assert comparisons["prompt"][:] == ["1", "3\r\nthree"] and comparisons["response_a"][1] == "x\ny"
+
+
+def test_odd_text_survives_in_conversations(tmp_path):
+    """Each odd text as a question, an answer and a second question, in lists of messages, through each format that has lists."""
+    rows = []
+    for text in ODD_TEXTS:
+        start = [{"role": "system", "content": text}, {"role": "user", "content": text}, {"role": "assistant", "content": text + "!"}]
+        sides = [[*start, {"role": "user", "content": text}, {"role": "assistant", "content": text + end}] for end in "xy"]
+        rows.append(dict(zip(("chosen", "rejected"), sides)))
+    put(tmp_path, "odd.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    put(tmp_path, "odd.jsonl.gz", gzip.compress(json_lines(*rows)))
+    put(tmp_path, "odd.json", json.dumps(rows, indent=1))
+    put(tmp_path, "odd.parquet", parquet_bytes(pa.Table.from_pylist(rows)))
+    for path in tmp_path.iterdir():
+        comparisons, report = load_comparisons(path, strict=True)
+        assert [dict(zip(rows[0], (row["messages_a"], row["messages_b"]))) for row in comparisons] == rows
+        again = tmp_path / "again.parquet"
+        comparisons.to_parquet(again)
+        assert load_comparisons(again, strict=True)[0].to_list() == comparisons.to_list()
+        again.unlink()
+
+
+LONG = 50_000_000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_one_line_of_50_megabytes(tmp_path, kind):
+    """A response as long as a file may be comes through whole, and the row after it is found where it stands."""
+    row = {**GOOD, "response_a": "🥚" + "x" * LONG}
+    content = {
+        "jsonl": lambda: json_lines(row, {**GOOD, "winner": None}),
+        "json": lambda: json.dumps([row, {**GOOD, "winner": None}]),
+        "csv": lambda: CSV_HEADER + ",".join(row.values()) + "\n" + CSV_GOOD.replace(",a\n", ",\n"),
+        "parquet": lambda: parquet_bytes(pa.Table.from_pylist([row, {**GOOD, "winner": None}])),
+    }[kind]()
+    comparisons, report = load_comparisons(put(tmp_path, f"long.{kind}", content))
+    assert comparisons.num_rows == 1 and comparisons[0]["response_a"] == row["response_a"]
+    assert report.dropped == {"null judgement": [3 if kind == "csv" else 2]}
+
+
+BROKEN_LONG = {
+    "no_end.jsonl": (b'{"prompt": "' + b"x" * LONG, "line 1, character 12 does not parse as JSON"),
+    "no_row.jsonl": (b"x" * LONG, "line 1, character 1 does not parse as JSON"),
+    "no_text.jsonl": (b'{"prompt": "' + b"x" * LONG + b'\xff"}\n', f"line 1, byte {LONG + 13} of the line is not text"),
+    "no_row.csv": (b"x" * LONG, "holds no rows"),
+    "no_column.csv": (b"x" * LONG + b"\ny\n", "unknown columns: found 'xxx"),
+    "no_winner.jsonl": (json_lines({**GOOD, "winner": "x" * LONG}), "kept 0 of 1 rows; dropped 1: unknown winner 1 (line 1)"),
+    "no_messages.jsonl": (json_lines({"conversation_a": "x" * LONG, "conversation_b": [], "winner": "a"}),
+                          "kept 0 of 1 rows; dropped 1: not a JSON list 1 (line 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_LONG)
+def test_one_bad_line_of_50_megabytes_is_a_short_error(tmp_path, name):
+    content, expected = BROKEN_LONG[name]
+    assert refusal(put(tmp_path, name, content)).startswith(expected)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_one_sample_is_enough(tmp_path, kind):
+    content = {"jsonl": json_lines(GOOD), "json": json.dumps([GOOD]), "csv": CSV_HEADER + CSV_GOOD,
+               "parquet": parquet_bytes(pa.Table.from_pylist([GOOD]))}[kind]  # fmt: skip
+    comparisons, report = load_comparisons(put(tmp_path, f"one.{kind}", content))
+    assert len(comparisons) == report.n_read == report.n_kept == 1 and {c: comparisons[0][c] for c in GOOD} == GOOD
+
+
 def test_a_field_over_the_csv_limit_and_the_limit_left_alone(tmp_path):
     csv.field_size_limit(131_072)
     path = put(tmp_path, "long.csv", CSV_HEADER + "p," + "x" * 300_000 + ",y,a\n")
@@ -411,7 +487,7 @@ def test_files_are_closed(tmp_path):
     path = put(tmp_path, "rows.jsonl.gz", gzip.compress(json_lines(GOOD)))
     bad = put(tmp_path, "bad.jsonl.gz", gzip.compress(b"\xff"))
     code = (
-        "from rlhf_course.preferences import load_comparisons\n"
+        "from rlhf_course.loading import load_comparisons\n"
         f"load_comparisons({str(path)!r})\n"
         f"try: load_comparisons({str(bad)!r})\nexcept ValueError: pass\n"
     )
@@ -422,7 +498,7 @@ def test_files_are_closed(tmp_path):
 def test_refusing_a_file_loads_no_heavy_library(tmp_path):
     put(tmp_path, "bad.jsonl", "oops\n")
     code = (
-        "import sys\nfrom rlhf_course.preferences import load_comparisons\n"
+        "import sys\nfrom rlhf_course.loading import load_comparisons\n"
         f"for name in ('none.jsonl', 'bad.jsonl'):\n"
         f"    try: load_comparisons({str(tmp_path)!r} + '/' + name)\n"
         "    except (FileNotFoundError, ValueError): pass\n"

@@ -1,6 +1,8 @@
 """Exercises: the bank can tell right from wrong, the checks cannot be fooled, the learner's notebooks are as generated."""
 
+import __future__
 import ast
+import itertools
 import math
 import re
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, copy_tree
 from nbclient.exceptions import CellExecutionError
+from scipy.stats import beta
 
 from exercises import FOLDER, exercise_function, exercise_names, learner_text, stub_source
 from lessons import RunUnflagged
@@ -88,8 +91,183 @@ def position_ids_by_rows(attention_mask):
     return positions
 
 
+def low_rank_update_by_entries(A, B, alpha):
+    """One entry at a time."""
+    r = A.shape[0]
+    return torch.stack([torch.stack([sum(B[i, k] * A[k, j] for k in range(r)) * alpha / r for j in range(A.shape[1])]) for i in range(B.shape[0])])
+
+
+def lora_parameter_count_by_zeros(shapes, r):
+    """Counted on real matrices."""
+    return sum(np.zeros((d_out, r)).size + np.zeros((r, d_in)).size for d_out, d_in in shapes)
+
+
+def best_low_rank_by_eigenvectors(change, r):
+    """The largest eigenvectors of the Gram matrix; the factors divide the singular values evenly."""
+    values, vectors = torch.linalg.eigh(change.T @ change)
+    V, S = vectors[:, -r:], values[-r:].clamp(min=0).sqrt()
+    return change @ V / S.sqrt(), S.sqrt()[:, None] * V.T
+
+
+def binomial_interval_by_beta(k, n, confidence=0.95):
+    """Quantiles of the beta distribution, by scipy."""
+    tail = (1 - confidence) / 2
+    low = float(beta.ppf(tail, k, n - k + 1)) if k else 0.0
+    return low, float(beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
+
+
+def self_agreement_by_rows(first, again):
+    """A set of the pairs of answers that agree."""
+    agreeing = [pair for pair in zip(first, again) if pair in {("a", "b"), ("b", "a"), ("tie", "tie")}]
+    return len(agreeing), max(len(first), len(again))
+
+
+def shared_prompt_by_lengths(messages_a, messages_b):
+    """From the longest beginning down."""
+    for n in range(min(len(messages_a), len(messages_b)), 0, -1):
+        if messages_a[:n] == messages_b[:n] and messages_a[n - 1]["role"] == "user":
+            return messages_a[:n]
+    return []
+
+
+def split_transcript_by_blocks(text):
+    """Paragraph by paragraph; one that names no speaker belongs to the turn before."""
+    messages, roles = [], {"Human": "user", "Assistant": "assistant"}
+    for block in text.lstrip().split("\n\n"):
+        speaker, colon, content = block.partition(":")
+        if colon and speaker in roles:
+            messages.append({"role": roles[speaker], "content": content[1:] if content[:1] == " " else content})
+        elif not messages:
+            return []
+        else:
+            messages[-1]["content"] += "\n\n" + block
+    return messages
+
+
+def bradley_terry_log_likelihood_by_pairs(strengths, wins):
+    """One pair at a time, through log(1 + e^d)."""
+    total = 0.0
+    for i, j in np.ndindex(*np.shape(wins)):
+        d = float(strengths[j] - strengths[i])
+        total -= 0.0 if i == j else float(wins[i][j]) * (max(d, 0.0) + math.log1p(math.exp(-abs(d))))
+    return total
+
+
+def bradley_terry_gradient_by_pairs(strengths, wins):
+    """Each win of i over j moves i up and j down by the probability that it would not have happened."""
+    strengths, wins = np.asarray(strengths, dtype=float), np.asarray(wins, dtype=float)
+    slopes = np.zeros(strengths.shape)
+    for *lead, i, j in np.ndindex(*wins.shape):
+        upset = 0.5 * (1 - math.tanh((strengths[*lead, i] - strengths[*lead, j]) / 2))
+        if i != j:
+            slopes[*lead, i] += wins[*lead, i, j] * upset
+            slopes[*lead, j] -= wins[*lead, i, j] * upset
+    return slopes
+
+
+def count_longer_wins_by_rows(lengths_a, lengths_b, winners):
+    """The signs of length and of winner, multiplied: 1 where they agree, 0 where the row has no say."""
+    signs = [int(np.sign(int(a) - int(b))) * {"a": 1, "b": -1, "tie": 0}[winner] for a, b, winner in zip(lengths_a, lengths_b, winners)]
+    return signs.count(1), len(signs) - signs.count(0)
+
+
+def prompt_folds_by_rows(prompts, n_folds):
+    """Always the largest prompt that is left, found by looking at all."""
+    fold_of, left = {}, list(dict.fromkeys(prompts))
+    while left:
+        largest = max(left, key=lambda prompt: (prompts.count(prompt), -prompts.index(prompt)))
+        filled = [sum(fold_of.get(prompt) == fold for prompt in prompts) for fold in range(n_folds)]
+        fold_of[largest] = int(np.argmin(filled))
+        left.remove(largest)
+    return np.array([fold_of[prompt] for prompt in prompts])
+
+
+def pad_batch_by_rows(sequences, pad_token_id, padding_side="right", pad_to_multiple_of=None):
+    """Lists of lists."""
+    width = max(len(sequence) for sequence in sequences)
+    while pad_to_multiple_of and width % pad_to_multiple_of:
+        width += 1
+    ids, mask = [], []
+    for sequence in sequences:
+        tokens, n = list(sequence), width - len(sequence)
+        ids.append(tokens + n * [pad_token_id] if padding_side == "right" else n * [pad_token_id] + tokens)
+        mask.append(len(tokens) * [1] + n * [0] if padding_side == "right" else n * [0] + len(tokens) * [1])
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def padding_fraction_by_pads(lengths, batches):
+    """One pad at a time."""
+    pads = places = 0
+    for batch in batches:
+        each = [n for row in batch for n in np.atleast_1d(lengths[row]).tolist()]
+        pads, places = pads + sum(max(each) - n for n in each), places + len(each) * max(each)
+    return pads / places
+
+
+def optimal_sizes_by_trying(longest, batch_size):
+    """Every list of sizes."""
+    n = -(-len(longest) // batch_size)
+    options = [sizes for sizes in itertools.product(range(1, batch_size + 1), repeat=n) if sum(sizes) == len(longest)]
+    return list(min(options, key=lambda sizes: sum(s * longest[sum(sizes[:k])] for k, s in enumerate(sizes))))
+
+
+def token_budget_batches_by_sizes(lengths, max_tokens):
+    """How many rows fit is a division."""
+    table = np.asarray(lengths).reshape(len(lengths), -1)
+    rows, batches = sorted(range(len(table)), key=lambda row: (-table[row].max(), row)), []
+    while rows:
+        size = max_tokens // int(table[rows[0]].max() * table.shape[1])
+        batches, rows = [*batches, rows[:size]], rows[size:]
+    return batches
+
+
+def layer_activations_by_tensors(shape, batch_size, length, fused=True, padded=False, activation_bytes=4):
+    """A list of shapes and sizes."""
+    B, T, D, H, a = batch_size, length, shape.hidden_size, shape.n_heads, activation_bytes
+    kv = D // H * shape.n_kv_heads if fused and not padded else D
+    linear = 2 * [(D, 4), (D, a), (D, a), (1, 4)] + [(D, a), (kv, a), (kv, a), (D, a)] + 4 * [(shape.intermediate_size, a)]
+    tables = ([(1, a)] if padded else []) if fused else [(H, 4)] + ([(H, a)] if a != 4 else [])
+    linear += [(H, 4)] if fused else []
+    return sum(B * T * width * size for width, size in linear), sum(B * T * T * n * size for n, size in tables)
+
+
+def absmax_int8_by_rows(x, per_row=False):
+    """One row at a time, with Python's own numbers where a scale is needed."""
+    scales = [row.abs().max() / 127 for row in x] if per_row else [x.abs().max() / 127] * len(x)
+    codes = [row / scale if scale > 0 else torch.zeros_like(row) for row, scale in zip(x, scales)]
+    return torch.stack(codes).round().to(torch.int8), torch.stack(scales)[:, None] if per_row else scales[0]
+
+
+def blockwise_absmax_by_slices(x, block_size):
+    """One block at a time."""
+    flat = x.flatten()
+    return torch.tensor([flat[i : i + block_size].abs().max() for i in range(0, len(flat), block_size)], dtype=x.dtype)
+
+
+def nearest_level_by_distance(x, levels):
+    """A table of all distances."""
+    return (x[..., None] - levels).abs().argmin(-1)
+
+
+def bits_per_weight_by_totals(bits, block_size, double_block_size=None):
+    """All bits of one block of blocks, divided by its weights."""
+    n_scales = double_block_size or 1
+    scale_bits = 32 if double_block_size is None else 8 * n_scales + 32
+    return (bits * block_size * n_scales + scale_bits) / (block_size * n_scales)
+
+
 ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accuracy_by_rows, "bayes_log_loss": bayes_log_loss_by_rows,
-               "token_logprobs": token_logprobs_by_rows, "position_ids": position_ids_by_rows}  # fmt: skip
+               "token_logprobs": token_logprobs_by_rows, "position_ids": position_ids_by_rows,
+               "low_rank_update": low_rank_update_by_entries, "lora_parameter_count": lora_parameter_count_by_zeros,
+               "best_low_rank": best_low_rank_by_eigenvectors,
+               "binomial_interval": binomial_interval_by_beta, "self_agreement": self_agreement_by_rows,
+               "shared_prompt": shared_prompt_by_lengths, "split_transcript": split_transcript_by_blocks,
+               "bradley_terry_log_likelihood": bradley_terry_log_likelihood_by_pairs, "bradley_terry_gradient": bradley_terry_gradient_by_pairs,
+               "count_longer_wins": count_longer_wins_by_rows, "prompt_folds": prompt_folds_by_rows,
+               "pad_batch": pad_batch_by_rows, "padding_fraction": padding_fraction_by_pads, "optimal_sizes": optimal_sizes_by_trying,
+               "token_budget_batches": token_budget_batches_by_sizes, "layer_activations": layer_activations_by_tensors,
+               "absmax_int8": absmax_int8_by_rows, "blockwise_absmax": blockwise_absmax_by_slices,
+               "nearest_level": nearest_level_by_distance, "bits_per_weight": bits_per_weight_by_totals}  # fmt: skip
 
 
 # The bank.
@@ -154,7 +332,8 @@ def test_stub_fails_kindly(name):
     solution = EXERCISES[name].load()
     space = dict(vars(sys.modules[solution.__module__]))
     [stub] = [cell.source for cell in json_cells(FOLDER / path.name) if f"def {name}(" in cell.source]
-    exec(stub, space)
+    future = solution.__code__.co_flags & __future__.annotations.compiler_flag  # as the first cell of the lesson sets it
+    exec(compile(stub, name, "exec", future, dont_inherit=True), space)
     written = space[name]
     assert written.__doc__ == solution.__doc__ and written.__annotations__ == solution.__annotations__
     assert [type(node) for node in ast.parse(stub).body[0].body] == [ast.Expr, ast.Raise]
@@ -248,16 +427,21 @@ def test_no_mistake_is_named_where_it_is_not_certain():
     assert _recognise(right, [*right[:2], got[2]], [("Late.", [*right[:2], _Outcome(9.0)])], 0, 0) is None
 
 
+def moved(value):
+    """A result whose first number is too large by one."""
+    return type(value)([moved(value[0]), *value[1:]]) if isinstance(value, list | tuple) else value + 1
+
+
 def test_right_on_all_probes_but_one_is_wrong():
     """A function that is right on all probes but one is wrong, whichever one it is."""
     for name, exercise in EXERCISES.items():
         for lucky in range(len(exercise.probes())):
             calls = []
 
-            def almost(*args, exercise=exercise, lucky=lucky, calls=calls):
+            def almost(*args, exercise=exercise, lucky=lucky, calls=calls, **kwargs):
                 calls.append(1)
-                value = exercise.load()(*args)
-                return value + 1 if len(calls) - 1 == lucky * (1 + exercise.gradients) else value
+                value = exercise.load()(*args, **kwargs)
+                return moved(value) if len(calls) - 1 == lucky * (1 + exercise.gradients) else value
 
             result = check(named(name, almost))
             assert not result.passed and f"wrong on 1 of {len(exercise.probes())} probes" in result.message

@@ -1,13 +1,15 @@
-"""Look at an exercise in a real browser: JupyterLab from `make lab`, a wrong answer typed, its mistake named, a right one passed.
+"""Look at the course in a real browser: JupyterLab from `make lab`, an exercise done wrong and right, pairs judged in the labeling panel.
 
     python tools/browser_check.py FOLDER      screenshots go to FOLDER
 
 A check made by hand before a release; no test runs it. It needs what the project does not: Chromium with its driver
-(Debian: `apt-get install chromium chromium-driver`) and selenium 4 (`pip install selenium`), which may stand in another
-environment than .venv. Nothing is saved to the notebooks, and nothing is read from or written to the user's own Jupyter set-up.
+(Debian: `apt-get install chromium chromium-driver`, and `fonts-noto-color-emoji` to see emoji) and selenium 4
+(`pip install selenium`), which may stand in another environment than .venv. Nothing is saved to the notebooks, and nothing
+is read from or written to the user's own Jupyter set-up.
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -32,6 +34,16 @@ WRONG = ["d = np.asarray(margins, dtype=float)", "a = 1 / (1 + np.exp(tie_margin
          "b = 1 / (1 + np.exp(tie_margin - d))", "return np.stack([a, b, 1 - a - b], axis=-1)"]  # fmt: skip
 RIGHT = [WRONG[0], "a = 1 / (1 + np.exp(tie_margin - d))", "b = 1 / (1 + np.exp(tie_margin + d))", WRONG[3]]
 MISTAKE = "You have a and b the wrong way round"
+PANEL_NOTEBOOK = ROOT / "exercises" / "01b_labeling.ipynb"
+PANEL_ROWS = [  # every first response ends in markup that would run, every second one is long
+    {"prompt": f"Greet the world in {language}. <b>{number}</b>", "response_a": f"{text}\n\n<img src=x onerror='window.ran=1'><script>window.ran=1</script>",
+     "response_b": "\n\n".join(["A long answer, line after line, " * 12] * 12) + " THE END", "winner": "a", "model_a": "SECRET-ONE",
+     "model_b": "SECRET-TWO"}
+    for number, (language, text) in enumerate([("Hebrew", "שלום עולם, זה משפט ארוך מספיק."), ("Arabic", "مرحبا بالعالم، هذه جملة طويلة."),
+                                               ("emoji", "👋🌍 👩‍👩‍👧‍👦 🏳️‍🌈 😀"), ("English", "Hello, world! $x^2$"), ("tabs", "two\n\tlines")])]  # fmt: skip
+PANEL_CELL = """import json
+from rlhf_course.labeling import Labeling, start_labeling
+start_labeling(Labeling(json.load(open({rows!r})), {answers!r}, repeat_share=0.2, name="browser"))"""
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--window-size=1500,1100"]  # fmt: skip
 PANEL_JS = ("const app = window.jupyterapp; const panel = app && [...app.shell.widgets('main')]"
@@ -205,21 +217,107 @@ def look(address: str, driver, folder: Path) -> None:
     print(said)
 
 
+class PanelPage(Page):
+    """The labeling panel in a notebook: what is shown, and a hand on mouse and keyboard."""
+
+    def put_cell(self, source: str) -> int:
+        """The place of a new cell below the title."""
+        self.js("nb.model.sharedModel.insertCell(1, {cell_type: 'code', source: arguments[0]})", source)
+        return 1
+
+    def panel(self) -> dict[str, str]:
+        """The texts of the panel, from the page."""
+        names = ["progress", "prompt", "left", "right", "message"]
+        return dict(zip(names, self.js("return [...nb.widgets[1].outputArea.node.querySelectorAll('.widget-html-content')].map(e => e.innerText)")))
+
+    def wait_for_progress(self, text: str) -> None:
+        """Return when the panel's first line says so."""
+        wait_for(lambda: self.panel().get("progress") == text, 30, f"the panel does not say {text!r} but {self.panel()}")
+
+    def press(self, text: str) -> None:
+        """Click the button whose text starts so."""
+        self.click(f"//button[contains(@class, 'widget-button') and starts-with(normalize-space(), '{text}')]")
+
+    def type(self, text: str) -> None:
+        """Click into the box, type, press Enter."""
+        self.click("//div[contains(@class, 'widget-text')]//input")
+        self.keys(*text, Keys.ENTER)
+
+
+def look_at_panel(address: str, driver, folder: Path, scratch: Path) -> None:
+    """Five pairs and a repeat: buttons, keys, a wrong key, a double click, hostile and long texts, a kernel that is restarted in the middle."""
+    rows, answers = scratch / "rows.json", scratch / "answers.jsonl"
+    rows.write_text(json.dumps(PANEL_ROWS), encoding="utf-8")
+
+    def saved() -> list[str]:
+        return [json.loads(line)["winner"] for line in answers.read_text(encoding="utf-8").splitlines()] if answers.exists() else []
+
+    page = PanelPage(driver, folder)
+    page.n_shots = len(list(folder.glob("*.png")))
+    driver.get(f"{address}/lab/tree/{PANEL_NOTEBOOK.relative_to(ROOT)}?token=look")
+    page.ready(PANEL_NOTEBOOK.name)
+    place = page.put_cell(PANEL_CELL.format(rows=str(rows), answers=str(answers)))
+    page.run(place)
+    page.wait_for_progress("question 1 of 6")
+    page.shot("panel")
+    seen = page.panel()
+    assert "<b>" in seen["prompt"] and "SECRET" not in page.output(place) and {"<script>" in seen["left"], "<script>" in seen["right"]} == {True, False}
+    boxes = page.js("return [...nb.widgets[1].outputArea.node.querySelectorAll('[dir=auto]')].map(e => [e.scrollHeight, e.clientHeight])")
+    assert any(inside > 2 * shown for inside, shown in boxes) and all(shown < 400 for _, shown in boxes), boxes
+
+    page.press("left")
+    page.wait_for_progress("question 2 of 6")
+    page.type("x")
+    wait_for(lambda: "is no answer" in page.panel()["message"], 30, "no message about a wrong key")
+    page.shot("wrong_key")
+    assert saved() == ["a"]
+    page.type("b")
+    page.wait_for_progress("question 3 of 6")
+    assert saved() == ["a", "b"] and not driver.find_element(By.XPATH, "//div[contains(@class, 'widget-text')]//input").get_attribute("value")
+
+    page.js("panel.sessionContext.session.kernel.restart(); nb.widgets[1].model.clearExecution()")  # the old panel goes
+    time.sleep(2)
+    page.ready(PANEL_NOTEBOOK.name)
+    page.run(place)
+    page.wait_for_progress("question 3 of 6")
+    page.shot("resumed")
+    time.sleep(0.5)  # longer than what counts as a double click
+    button = driver.find_element(By.XPATH, "//button[contains(@class, 'widget-button') and starts-with(normalize-space(), 'tie')]")
+    webdriver.ActionChains(driver).double_click(button).perform()
+    wait_for(lambda: "double click" in page.panel()["message"], 30, "a double click is not noticed")
+    page.shot("double_click")
+    assert saved() == ["a", "b", "tie"] and page.panel()["progress"] == "question 4 of 6"
+
+    for number, act in enumerate([lambda: page.type("A"), lambda: page.press("right"), lambda: page.type("t")], 5):
+        page.shot(f"question_{number - 1}")
+        seen = page.panel()
+        [row] = [row for row in PANEL_ROWS if row["prompt"] in seen["prompt"]]
+        sides = ("left", "right") if seen["left"].split("\n", 1)[1].strip() == row["response_a"] else ("right", "left")
+        assert [seen[side].split("\n", 1)[1].strip() for side in sides] == [row["response_a"], row["response_b"]], seen
+        act()
+        page.wait_for_progress(f"question {number} of 6" if number < 7 else "all 6 questions answered")
+    page.shot("report")
+    assert saved() == ["a", "b", "tie", "a", "b", "tie"] and "self-agreement on repeats" in page.panel()["prompt"]
+    assert page.js("return window.ran") is None, "markup of a response was run"
+    print(page.panel()["prompt"])
+
+
 def main() -> None:
     """Make the screenshots, or stop where something is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the screenshots go; made when needed")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    before = NOTEBOOK.read_bytes()
+    before = [path.read_bytes() for path in (NOTEBOOK, PANEL_NOTEBOOK)]
     with tempfile.TemporaryDirectory() as scratch, lab(Path(scratch)) as address, chromium(Path(scratch) / "profile") as driver:
         try:
             look(address, driver, folder)
+            look_at_panel(address, driver, folder, Path(scratch))
         except BaseException:
             driver.save_screenshot(str(folder / "failed.png"))
             raise
-    assert NOTEBOOK.read_bytes() == before, f"{NOTEBOOK.name} was changed"
-    print(f"The exercise was found, a mistake was named, the right answer passed: screenshots in {folder}")
+    assert [path.read_bytes() for path in (NOTEBOOK, PANEL_NOTEBOOK)] == before, "a notebook was changed"
+    print(f"The exercise was found, a mistake was named, the right answer passed, six judgements were made: screenshots in {folder}")
 
 
 if __name__ == "__main__":
