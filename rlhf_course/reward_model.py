@@ -129,7 +129,8 @@ def score_sequences(
     attention_mask: Tensor, # 1 for real tokens, (B, T) long
 ) -> Tensor: # score of each conversation, (B,) float
     "One number for each sequence: the head's output at the last real token (decoders) or at the pooled output (encoders)."
-    return model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1).float()
+    needs_no_mask = head_name(model) == "score" and bool((attention_mask.long().diff() <= 0).all()) # a decoder, padded on the right
+    return model(input_ids=input_ids, attention_mask=None if needs_no_mask else attention_mask).logits.squeeze(-1).float()
 
 # %% ../nbs/04_reward_model.ipynb #2d1c282f
 @torch.no_grad()
