@@ -428,8 +428,10 @@ def test_no_mistake_is_named_where_it_is_not_certain():
 
 
 def moved(value):
-    """A result whose first number is too large by one."""
-    return type(value)([moved(value[0]), *value[1:]]) if isinstance(value, list | tuple) else value + 1
+    """A result whose numbers, in a list the first one, are too large by one and by themselves."""
+    if isinstance(value, torch.Tensor) and not value.numel():
+        return value.new_ones(1)
+    return type(value)([moved(value[0]), *value[1:]]) if isinstance(value, list | tuple) else value + abs(value) + 1
 
 
 def test_right_on_all_probes_but_one_is_wrong():
