@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checks import bad_argument
 from .loading import shared_prompt
-from .plots import figure_to_png, new_figure
+from .plots import figure_with_sliders, new_figure
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +30,7 @@ __all__ = ['ODD_TEXTS', 'LABELS', 'PAIR_COLUMNS', 'BOTH_FORM', 'BOTH_COLUMNS', '
            'transcript', 'encode_messages', 'tokenize_pairs', 'tokenize_both', 'PairCollator', 'draw_batch',
            'padding_fraction', 'cut_batches', 'length_grouped_batches', 'optimal_sizes', 'optimal_batches',
            'token_budget_batches', 'optimal_token_batches', 'pack_rows', 'packed_batch', 'make_batches', 'batch_figure',
-           'has_reader', 'batch_slider', 'length_correlation']
+           'batch_slider', 'length_correlation']
 
 # %% ../nbs/02_padding.ipynb #893f0b93
 def _check_padding(lengths: Sequence[int], padding_side: str, pad_to_multiple_of: int | None) -> None:
@@ -594,16 +594,6 @@ def batch_figure(
     return draw_batch(np.arange(width) < np.asarray(rows)[:, None], title, int(table.max()))
 
 
-def has_reader() -> bool:  # False under nbconvert, in tests and in a plain interpreter
-    "Whether a front end with a person before it runs this cell: one that can be asked for input."
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    kernel = getattr(get_ipython(), "kernel", None)
-    return bool(getattr(kernel, "_allow_stdin", False))
-
-
 def batch_slider(
     lengths: Sequence[int] | np.ndarray,  # tokens of each sequence, (N,)
     batch_size: int = 32,  # rows in a batch, at first
@@ -611,25 +601,9 @@ def batch_slider(
     live: bool | None = None,  # True for controls, False for a figure; None for controls where there is a reader and ipywidgets
 ) -> Any:  # an ipywidgets box, or a figure
     "Controls for batch size and strategy that redraw the picture of a batch; without a front end, the picture alone."
-    live = has_reader() if live is None else live
-    try:
-        import ipywidgets as widgets
-    except ImportError:
-        live = False
-    if not live:
-        return batch_figure(strategy, lengths, batch_size)
-    size = widgets.IntSlider(batch_size, 1, min(128, len(lengths)), description="batch size", continuous_update=False)
-    menu = widgets.Dropdown(options=STRATEGIES, value=strategy, description="strategy")
-    picture = widgets.Image(format="png")
-
-    def redraw(change: object = None) -> None:
-        "Draws what the controls say."
-        picture.value = figure_to_png(batch_figure(menu.value, lengths, size.value))
-
-    for control in (size, menu):
-        control.observe(redraw, names="value")
-    redraw()
-    return widgets.VBox([widgets.HBox([size, menu]), picture])
+    knobs = {"batch_size": range(1, min(128, len(lengths)) + 1), "strategy": STRATEGIES}
+    draw = lambda batch_size, strategy: batch_figure(strategy, lengths, batch_size)
+    return figure_with_sliders(draw, knobs, {"batch_size": batch_size, "strategy": strategy}, live)
 
 # %% ../nbs/02_padding.ipynb #e3db7380
 def length_correlation(

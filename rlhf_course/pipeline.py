@@ -51,8 +51,8 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=160_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
-              n_updates=16, max_new_tokens=48, n_eval=600)
+ARENA = Sizes(n_comparisons=144_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+              n_updates=14, max_new_tokens=48, n_eval=384)
 ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_000, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
              n_updates=12, max_new_tokens=48, n_eval=64)
@@ -361,7 +361,7 @@ def judge_policy(
     from rlhf_course.rlhf import collect_rollout, rollout_stats
     generator = torch.Generator(device()).manual_seed(run.options.seed + 1)
     longer = replace(config, max_new_tokens=2 * config.max_new_tokens) # so that few responses are cut off
-    batches = [prompts[i:i + 100] for i in range(0, len(prompts), 100)]
+    batches = [prompts[i:i + config.batch_size] for i in range(0, len(prompts), config.batch_size)]
     rollouts = [collect_rollout(policy, ref_model, run.tokenizer, list(batch), reward_fn, longer, generator) for batch in batches]
     mean = lambda name: sum(rollout_stats(r, longer)[name] * len(r.prompts) for r in rollouts) / len(prompts)
     return {"reward": mean("score"), "kl": mean("kl"), "responses": [text for r in rollouts for text in r.responses]}
@@ -444,10 +444,11 @@ def draw_reward_model(
     draw_baseline(ax, 0.693, "knows nothing: log 2")
     if bayes is not None: draw_limit(ax, bayes, "Bayes log-loss on fresh comparisons", above=False)
     run.figures[title] = figure_to_data_uri(fig)
-    decided = [i for i, winner in enumerate(judged["winner"]) if winner != "tie"]
+    winners = judged["winner"][:]
+    decided = [i for i, winner in enumerate(winners) if winner != "tie"]
     if len(decided) >= 20:
         title = "Reward model: are its probabilities right?"
-        happened = [judged["winner"][i] == "a" for i in decided]
+        happened = [winners[i] == "a" for i in decided]
         run.figures[title] = figure_to_data_uri(reliability(title, torch.sigmoid(margins[decided]).tolist(), happened))
 
 # %% ../nbs/92_pipeline.ipynb #7ae98524

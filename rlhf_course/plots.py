@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'figure_to_png', 'LessonFigure', 'new_figure', 'draw_limit', 'draw_baseline', 'learning_curves', 'bars',
-           'compare_histograms', 'reliability', 'figure_to_data_uri']
+           'compare_histograms', 'reliability', 'figure_to_data_uri', 'has_reader', 'figure_with_sliders']
 
 # %% ../nbs/90_plots.ipynb #cell-004
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -234,3 +235,39 @@ def figure_to_data_uri(
 ) -> str:            # "data:image/png;base64,...", for the `src` of an HTML image
     "The figure as a data URI, so that an HTML page needs no other file."
     return "data:image/png;base64," + base64.b64encode(figure_to_png(fig, dpi)).decode("ascii")
+
+# %% ../nbs/90_plots.ipynb #be8630a9
+def has_reader() -> bool: # False under nbconvert, in tests and in a plain interpreter
+    "Whether a front end with a person before it runs this cell: one that can be asked for input."
+    try: from IPython import get_ipython
+    except ImportError: return False
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
+def figure_with_sliders(
+    draw: Callable[..., Figure], # makes the figure from one value for each knob, by name
+    knobs: Mapping[str, Sequence[Any]], # name of each knob, its values in order, all numbers (a slider) or all texts (a menu)
+    start: Mapping[str, Any], # the value that each knob has at first
+    live: bool | None = None, # True for knobs, False for the figure alone; None for knobs where there is a reader and ipywidgets
+) -> Any: # an ipywidgets box, or a figure
+    """Knobs that redraw a figure; without a front end, or without ipywidgets, the figure alone.
+
+    Raises: `ValueError` for a knob that starts at a value it does not have.
+    """
+    for name, values in knobs.items():
+        if start.get(name) not in values: raise bad_argument("figure_with_sliders", "start", f"one of {list(values)} for {name!r}", start.get(name), "choose one")
+    try: import ipywidgets
+    except ImportError: live = False
+    if not (has_reader() if live is None else live): return draw(**start)
+    controls = {name: ipywidgets.Dropdown(options=list(values)) if isinstance(values[0], str) else
+                ipywidgets.SelectionSlider(options=list(values), continuous_update=False) for name, values in knobs.items()}
+    for name, control in controls.items(): control.value, control.description = start[name], name.replace("_", " ")
+    picture = ipywidgets.Image(format="png")
+
+    def redraw(change: object = None) -> None:
+        picture.value = figure_to_png(draw(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values(): control.observe(redraw, names="value")
+    redraw()
+    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values())), picture])

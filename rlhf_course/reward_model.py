@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'ensure_pad_token', 'head_name', 'new_reward_model',
-           'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'add_lora', 'SharedPairCollator',
-           'shared_blocks', 'BlockSampler', 'length_groups', 'score_in_groups', 'RewardTrainer', 'ProgressBar',
-           'reward_optimizer', 'train_reward_model', 'reward_accuracy', 'reward_log_loss', 'accuracy_interval',
-           'evaluate_rewards', 'save_reward_model']
+           'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig', 'norm_names', 'add_lora',
+           'SharedPairCollator', 'shared_blocks', 'BlockSampler', 'length_groups', 'score_in_groups', 'RewardTrainer',
+           'ProgressBar', 'reward_optimizer', 'train_reward_model', 'reward_accuracy', 'reward_log_loss',
+           'accuracy_interval', 'evaluate_rewards', 'save_reward_model']
 
 # %% ../nbs/04_reward_model.ipynb #bb1cc561
 import math
@@ -177,10 +177,10 @@ class RewardConfig:
     "How to train a reward model."
     lora_r: int = 32 # rank of the update, at least 1
     lora_alpha: int = 96 # the update is scaled by lora_alpha / lora_r
-    learning_rate: float = 1.5e-3 # of Adam for the adapters, at the top of the schedule
-    head_learning_rate: float = 1e-2 # of Adam for the head, which starts from noise and has far to go
+    learning_rate: float = 1e-3 # of Adam for the adapters, at the top of the schedule
+    head_learning_rate: float = 1e-2 # of Adam for the head, which starts from noise and has far to go, and for the norms
     warmup_ratio: float = 0.05 # share of the steps that warm up
-    decay_ratio: float = 0.4 # share of the steps, at the end, over which the learning rate falls to zero
+    decay_ratio: float = 0.7 # share of the steps, at the end, over which the learning rate falls to zero
     n_epochs: int = 1 # passes over the comparisons
     batch_size: int = 112 # comparisons a step, on average; all pairs of eight responses to four prompts
     seed: int = 0 # of the head, the adapters and the order of batches
@@ -190,14 +190,21 @@ class RewardConfig:
             if not getattr(self, name) > 0: raise bad_argument("RewardConfig", name, "above 0", getattr(self, name), "leave it at its default")
 
 # %% ../nbs/04_reward_model.ipynb #5e188ac4
+def norm_names(
+    model: nn.Module, # any transformer
+) -> list[str]: # full names of its normalisation layers
+    "The layers whose class says that they normalise: LayerNorm, RMSNorm and their relatives."
+    return [name for name, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+
+# %% ../nbs/04_reward_model.ipynb #002704bc
 def add_lora(
     model: PreTrainedModel, # a sequence classifier
     config: RewardConfig, # rank, scale and seed
     target_modules: Sequence[str] | None = None, # names to adapt; None for queries, keys and values
-) -> PeftModel: # the same model with adapters; only they and the head can be trained
-    "The model with low-rank adapters, its head trained and saved in full."
+) -> PeftModel: # the same model with adapters; only they, the norms and the head can be trained
+    "The model with low-rank adapters, its head and its norms trained and saved in full. Source: Hu et al. (2021); Chen et al. (2024) for the norms."
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0,
-                      target_modules=list(target_modules or attention_targets(model)), modules_to_save=[head_name(model)])
+                      target_modules=list(target_modules or attention_targets(model)), modules_to_save=[head_name(model), *norm_names(model)])
     with torch.random.fork_rng(devices=[]), _expected_warnings():
         torch.manual_seed(config.seed)
         return get_peft_model(model, lora)
@@ -326,15 +333,15 @@ class ProgressBar(TrainerCallback):
 
 # %% ../nbs/04_reward_model.ipynb #d965cb28
 def reward_optimizer(
-    model: PeftModel, # with adapters and head
+    model: PeftModel, # from `add_lora`
     config: RewardConfig, # learning rates and schedule
     n_steps: int, # optimizer steps of the whole training
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]: # what `Trainer` takes as `optimizers`
-    "Adam with one learning rate for the adapters and one for the head, and a schedule of warm-up, plateau and linear decay."
+    "Adam with one learning rate for the adapters and one for head and norms, and a schedule of warm-up, plateau and linear decay."
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapters = [parameter for name, parameter in trainable.items() if "lora_" in name]
-    head = [parameter for name, parameter in trainable.items() if "lora_" not in name]
-    optimizer = torch.optim.Adam([{"params": adapters, "lr": config.learning_rate}, {"params": head, "lr": config.head_learning_rate}],
+    in_full = [parameter for name, parameter in trainable.items() if "lora_" not in name]
+    optimizer = torch.optim.Adam([{"params": adapters, "lr": config.learning_rate}, {"params": in_full, "lr": config.head_learning_rate}],
                                  betas=(0.9, 0.98))
     rise, fall = max(1.0, config.warmup_ratio * n_steps), max(1.0, config.decay_ratio * n_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rise, max(0.0, (n_steps - step) / fall)))

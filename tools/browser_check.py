@@ -1,4 +1,4 @@
-"""Look at the course in a real browser: JupyterLab from `make lab`, an exercise done wrong and right, pairs judged in the labeling panel.
+"""Look at the course in a real browser: JupyterLab from `make lab`, an exercise done wrong and right, pairs judged in the labeling panel, a slider moved.
 
     python tools/browser_check.py FOLDER      screenshots go to FOLDER
 
@@ -41,6 +41,9 @@ PANEL_ROWS = [  # every first response ends in markup that would run, every seco
      "model_b": "SECRET-TWO"}
     for number, (language, text) in enumerate([("Hebrew", "שלום עולם, זה משפט ארוך מספיק."), ("Arabic", "مرحبا بالعالم، هذه جملة طويلة."),
                                                ("emoji", "👋🌍 👩‍👩‍👧‍👦 🏳️‍🌈 😀"), ("English", "Hello, world! $x^2$"), ("tabs", "two\n\tlines")])]  # fmt: skip
+SLIDER_NOTEBOOK = ROOT / "exercises" / "02_padding.ipynb"
+SLIDER_CELL = """from rlhf_course.padding import batch_slider
+batch_slider([[5, 9], [30, 40], [12, 7], [3, 60]] * 8, batch_size=8)"""
 PANEL_CELL = """import json
 from rlhf_course.labeling import Labeling, start_labeling
 start_labeling(Labeling(json.load(open({rows!r})), {answers!r}, repeat_share=0.2, name="browser"))"""
@@ -184,6 +187,12 @@ class Page:
         return self.js("return nb.widgets[arguments[0]].outputArea.node.innerText", place)
 
 
+    def put_cell(self, source: str) -> int:
+        """The place of a new cell below the title."""
+        self.js("nb.model.sharedModel.insertCell(1, {cell_type: 'code', source: arguments[0]})", source)
+        return 1
+
+
 def look(address: str, driver, folder: Path) -> None:
     """The way of a learner, from the first page to an exercise that passes."""
     page = Page(driver, folder)
@@ -219,11 +228,6 @@ def look(address: str, driver, folder: Path) -> None:
 
 class PanelPage(Page):
     """The labeling panel in a notebook: what is shown, and a hand on mouse and keyboard."""
-
-    def put_cell(self, source: str) -> int:
-        """The place of a new cell below the title."""
-        self.js("nb.model.sharedModel.insertCell(1, {cell_type: 'code', source: arguments[0]})", source)
-        return 1
 
     def panel(self) -> dict[str, str]:
         """The texts of the panel, from the page."""
@@ -302,22 +306,41 @@ def look_at_panel(address: str, driver, folder: Path, scratch: Path) -> None:
     print(page.panel()["prompt"])
 
 
+def look_at_slider(address: str, driver, folder: Path) -> None:
+    """A slider moved by the keyboard and a menu changed: each redraws the picture."""
+    page = Page(driver, folder)
+    page.n_shots = len(list(folder.glob("*.png")))
+    driver.get(f"{address}/lab/tree/{SLIDER_NOTEBOOK.relative_to(ROOT)}?token=look")
+    page.ready(SLIDER_NOTEBOOK.name)
+    page.run(page.put_cell(SLIDER_CELL))
+    picture = lambda: page.js("const i = nb.widgets[1].outputArea.node.querySelector('img'); return i && i.naturalWidth > 100 && i.src")
+    wait_for(picture, 60, "the slider's picture does not come")
+    page.shot("slider")
+    for name, act in {"slider_moved": lambda: page.keys(*[Keys.ARROW_RIGHT] * 5), "menu_changed": lambda: page.keys(Keys.ARROW_DOWN)}.items():
+        before = picture()
+        page.click("//div[contains(@class, 'noUi-handle')]" if name == "slider_moved" else "//div[contains(@class, 'widget-dropdown')]//select")
+        act()
+        wait_for(lambda: picture() not in (None, False, before), 30, f"{name}: the picture stays")
+        page.shot(name)
+
+
 def main() -> None:
     """Make the screenshots, or stop where something is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the screenshots go; made when needed")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    before = [path.read_bytes() for path in (NOTEBOOK, PANEL_NOTEBOOK)]
+    before = [path.read_bytes() for path in (NOTEBOOK, PANEL_NOTEBOOK, SLIDER_NOTEBOOK)]
     with tempfile.TemporaryDirectory() as scratch, lab(Path(scratch)) as address, chromium(Path(scratch) / "profile") as driver:
         try:
             look(address, driver, folder)
             look_at_panel(address, driver, folder, Path(scratch))
+            look_at_slider(address, driver, folder)
         except BaseException:
             driver.save_screenshot(str(folder / "failed.png"))
             raise
-    assert [path.read_bytes() for path in (NOTEBOOK, PANEL_NOTEBOOK)] == before, "a notebook was changed"
-    print(f"The exercise was found, a mistake was named, the right answer passed, six judgements were made: screenshots in {folder}")
+    assert [path.read_bytes() for path in (NOTEBOOK, PANEL_NOTEBOOK, SLIDER_NOTEBOOK)] == before, "a notebook was changed"
+    print(f"The exercise was found, a mistake was named, the right answer passed, six judgements were made, a slider moved: screenshots in {folder}")
 
 
 if __name__ == "__main__":
