@@ -51,9 +51,9 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=144_000, n_fresh=4_000, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+ARENA = Sizes(n_comparisons=152_000, n_fresh=16_800, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
               n_updates=14, max_new_tokens=48, n_eval=384)
-ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_000, n_updates=6, n_eval=200)
+ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_400, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
              n_updates=12, max_new_tokens=48, n_eval=64)
 FILE_FAST = replace(FILE, n_comparisons=200, n_pretrain_steps=10, n_updates=1, max_new_tokens=16, n_eval=8)
@@ -324,7 +324,7 @@ def fresh_comparisons(
     if run.options.data is not None: return run.valid, {}
     from rlhf_course.loading import comparisons_from_rows
     from rlhf_course.tiny_arena import bayes_accuracy, bayes_log_loss, label_probabilities, sample_comparisons, tiny_arena
-    rows = sample_comparisons(tiny_arena(), run.sizes.n_fresh, seed=run.options.seed + 1_000_000)
+    rows = sample_comparisons(tiny_arena(), run.sizes.n_fresh, seed=run.options.seed + 1_000_000, responses_per_prompt=8)
     fresh, _ = comparisons_from_rows(rows, source="fresh comparisons")
     probabilities = label_probabilities(tiny_arena(), list(fresh))
     return fresh, {"bayes_accuracy": bayes_accuracy(probabilities), "bayes_log_loss": bayes_log_loss(probabilities)}

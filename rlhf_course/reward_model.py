@@ -177,7 +177,7 @@ class RewardConfig:
     "How to train a reward model."
     lora_r: int = 32 # rank of the update, at least 1
     lora_alpha: int = 96 # the update is scaled by lora_alpha / lora_r
-    learning_rate: float = 1e-3 # of Adam for the adapters, at the top of the schedule
+    learning_rate: float = 1.5e-3 # of Adam for the adapters, at the top of the schedule
     head_learning_rate: float = 1e-2 # of Adam for the head, which starts from noise and has far to go, and for the norms
     warmup_ratio: float = 0.05 # share of the steps that warm up
     decay_ratio: float = 0.7 # share of the steps, at the end, over which the learning rate falls to zero
@@ -425,7 +425,9 @@ def evaluate_rewards(
     "Accuracy with its interval and log-loss of a reward model, beside two guesses that need no model."
     rows = comparisons.select_columns(["prompt", "response_a", "response_b", "winner"]).to_dict()
     labels = torch.tensor([LABELS[winner] for winner in rows["winner"]])
-    scores = score_responses(model, tokenizer, rows["prompt"] * 2, rows["response_a"] + rows["response_b"])
+    conversations = [*zip(rows["prompt"], rows["response_a"]), *zip(rows["prompt"], rows["response_b"])]
+    place = {conversation: i for i, conversation in enumerate(dict.fromkeys(conversations))} # each is read once
+    scores = score_responses(model, tokenizer, *zip(*place))[[place[conversation] for conversation in conversations]]
     margins = scores[:len(labels)] - scores[len(labels):]
     longer = torch.tensor([float(len(a) - len(b)) for a, b in zip(rows["response_a"], rows["response_b"])])
     metrics = {"accuracy": reward_accuracy(margins, labels), "log_loss": reward_log_loss(margins, labels),
