@@ -66,8 +66,8 @@ clean:
 	@find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is removed before pip starts and written after it has ended: a .venv without one is the work
-# of an interrupted set-up and is made anew. Bytecode is left to the first import: compiling all of it takes
-# another minute.
+# of an interrupted set-up and is made anew. Bytecode is written here, on all cores (pip would use one), and not left to
+# the first import: where PYTHONDONTWRITEBYTECODE is set, every import would compile again, for 20 seconds.
 $(READY): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "This needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" % v[:2])'
 	@echo 'Setting up .venv: this takes some minutes the first time.'
@@ -76,4 +76,5 @@ $(READY): constraints.txt settings.ini setup.py
 	@$(PIP) install -qq --no-compile -c constraints.txt setuptools wheel
 	@test -z '$(TORCH_INDEX)' || $(PIP) install -qq --no-compile --no-deps --index-url '$(TORCH_INDEX)' "$$(grep '^torch==' constraints.txt)"
 	@PYTHONWARNINGS='ignore:Editable installation' $(PIP) install -qq --no-compile -c constraints.txt --no-build-isolation -e '.[lab,dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv || true # a few files of the packages are templates and no Python
 	@touch $@
