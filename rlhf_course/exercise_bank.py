@@ -943,6 +943,81 @@ _PROMPT_FOLDS = Exercise("rlhf_course.preferences:prompt_folds", _folds_probes, 
      lambda prompts, n_folds: _deal(sorted(set(prompts), key=lambda p: (-prompts.count(p), prompts.index(p))), n_folds, list)),
 ))
 
+# %% ../nbs/93_exercise_bank.ipynb #92e41d26
+def _reward_accuracy_probes() -> list[Call]:
+    "Zero margins, ties, one row, nothing but ties."
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (31,), generator=g)
+    return [call(torch.tensor([1.0, 1.0, 0.0, -5.0, -2.0]), torch.tensor([0, 1, 0, 2, 1])), call(torch.tensor([1.0]), torch.tensor([2])),
+            call(torch.randn(31, generator=g), labels), call(torch.randn(31, generator=g).round(), labels),
+            call(torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1, 2, 0])), call(torch.tensor([-0.5]), torch.tensor([1])),
+            call(torch.tensor([2.0, -1.0, -3.0, 0.5, 0.0, 0.0, 0.0]), torch.tensor([2, 2, 1, 1, 2, 1, 1]))]
+
+
+def _accuracy(margins, labels, zero=0.5, ties=False, sign=1):
+    "The share that is right, with choices in the places where learners choose otherwise."
+    right = torch.where(labels == 0, sign * margins, -sign * margins)
+    credit = torch.where(right > 0, 1.0, torch.where(right == 0, zero, 0.0)).double()
+    return float(credit.mean() if ties else credit[labels != 2].mean())
+
+
+_REWARD_ACCURACY = Exercise("rlhf_course.judging:reward_accuracy", _reward_accuracy_probes, (
+    ("You counted equal scores as wrong: they are no choice and count one half.", lambda m, y: _accuracy(m, y, zero=0.0)),
+    ("You counted equal scores as right: they are no choice and count one half.", lambda m, y: _accuracy(m, y, zero=1.0)),
+    ("The sign is flipped: label 0 means that a won, so a positive margin is right there.", lambda m, y: _accuracy(m, y, sign=-1)),
+    ("You counted ties as comparisons that b won: leave rows with label 2 out.", lambda m, y: _accuracy(m, y, ties=True)),
+    ("You divided by all rows, ties included: divide by the decided ones.",
+     lambda m, y: float(_accuracy(m, y) * (y != 2).double().mean()) if (y != 2).any() else 0.0),
+    ("You counted ties as half right: leave rows with label 2 out.",
+     lambda m, y: float((_accuracy(m, y) if (y != 2).any() else 0.0) * (y != 2).double().mean() + 0.5 * (y == 2).double().mean())),
+    ("You left out the rows with equal scores: they count one half.",
+     lambda m, y: float((torch.where(y == 0, m, -m) > 0)[(y != 2) & (m != 0)].double().mean())),
+    ("Where all labels are ties the result is NaN: there is nothing to be right about.",
+     lambda m, y: _accuracy(m, y) if (y != 2).any() else 0.0),
+))
+
+
+def _calibration_probes() -> list[Call]:
+    "Probabilities in no order, bins of unequal size, one bin, equal probabilities, as many bins as rows."
+    g = torch.Generator().manual_seed(1)
+    p = torch.rand(37, generator=g)
+    y = torch.rand(37, generator=g) < p**2
+    return [call(p, y), call(p, y, 4), call(p, y, 1), call(torch.tensor([0.9, 0.1, 0.8, 0.3, 0.6]), torch.tensor([True, False, False, True, True]), 2),
+            call(torch.full((6,), 0.25), torch.tensor([True, False, False, False, True, False]), 3), call(p[:5], y[:5], 5)]
+
+
+def _calibration(predicted, happened, n_bins=10, bins=None, gap=lambda p, y: (p.mean() - y.mean()).abs(), weigh=True, total=False):
+    "Mean over bins of a distance between prediction and frequency."
+    bins = torch.tensor_split(predicted.argsort(stable=True), n_bins) if bins is None else bins
+    gaps = [(gap(predicted[rows].double(), happened[rows].double()), len(rows)) for rows in bins if len(rows)]
+    if not weigh:
+        return float(sum(g for g, _ in gaps) / (1 if total else len(gaps)))
+    return float(sum(g * n for g, n in gaps) / len(predicted))
+
+
+_CALIBRATION = Exercise("rlhf_course.judging:expected_calibration_error", _calibration_probes, (
+    ("You did not sort: bins hold neighbouring probabilities.",
+     lambda p, y, n_bins=10: _calibration(p, y, bins=torch.tensor_split(torch.arange(len(p)), n_bins))),
+    ("You cut the interval from 0 to 1 into equal pieces: here bins have equally many predictions.",
+     lambda p, y, n_bins=10: _calibration(p, y, bins=[((p * n_bins).long().clamp(max=n_bins - 1) == i).nonzero()[:, 0] for i in range(n_bins)])),
+    ("You took the mean over bins: weigh each by its share of the predictions, as they differ by one in size.",
+     lambda p, y, n_bins=10: _calibration(p, y, n_bins, weigh=False)),
+    ("You added the gaps without weights: weigh each by its share of the predictions.",
+     lambda p, y, n_bins=10: _calibration(p, y, n_bins, weigh=False, total=True)),
+    ("You took the largest gap: the mean over predictions is wanted.",
+     lambda p, y, n_bins=10: max(_calibration(p, y, bins=[rows]) * len(p) / len(rows) for rows in torch.tensor_split(p.argsort(stable=True), n_bins))),
+    ("You squared the gaps: their absolute value is wanted.",
+     lambda p, y, n_bins=10: _calibration(p, y, n_bins, gap=lambda a, b: (a.mean() - b.mean()) ** 2)),
+    ("You lost the absolute value: gaps of both signs cancel.",
+     lambda p, y, n_bins=10: _calibration(p, y, n_bins, gap=lambda a, b: a.mean() - b.mean())),
+    ("You took each prediction's distance to its own outcome: means are compared, bin by bin.",
+     lambda p, y, n_bins=10: _calibration(p, y, n_bins, gap=lambda a, b: (a - b).abs().mean())),
+    ("You compared the confidence with the accuracy, max(p, 1 - p) with being right: compare the probability of the event with its frequency.",
+     lambda p, y, n_bins=10: (lambda sure, right: _calibration(sure, right, n_bins))(torch.maximum(p, 1 - p), (p > 0.5) == y)),
+    ("You left `n_bins` at ten: use the one that is given.",
+     lambda p, y, n_bins=10: _calibration(p, y, min(10, len(p)))),
+))
+
 # %% ../nbs/93_exercise_bank.ipynb #e9329dfb
 def _pad_batch_probes() -> list[Call]:
     "Both sides, several pads and multiples, one sequence, and the pad's id inside a sequence."
@@ -1237,6 +1312,74 @@ _LAYER_ACTIVATIONS = Exercise("rlhf_course.memory:layer_activations", _layer_act
      lambda *p, **q: sum(_layer(*p, **_size(q)))),
 ))
 
+# %% ../nbs/93_exercise_bank.ipynb #55e9c8dd
+def _common_prefix_probes() -> list[Call]:
+    "One sequence, equal ones, one that another begins with, and prefixes that come back after a difference."
+    return [call([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 7]]), call([[5, 6, 7]]), call([[4, 4, 4], [4, 4, 4]]), call([[5, 6], [5, 6, 7, 8]]),
+            call([[1, 2, 3, 4], [1, 9, 3, 4]]), call([[2, 3], [3, 3]]), call([[8], [8, 1]]), call([[1, 2, 3, 9], [1, 2, 3, 4], [1, 2, 5, 4]]),
+            call([[7, 7, 2], [7, 7, 2], [7, 1, 2]]), call([[1, 2, 3], [1, 9, 3], [1, 2, 3]])]
+
+
+def _prefix(sequences, spare=1, stop=True, pick=min):
+    "Positions at which all agree, up to the first difference, with `spare` tokens of the shortest left out."
+    agree = [len(set(tokens)) == 1 for tokens in zip(*sequences)][: pick(map(len, sequences)) - spare]
+    return next((i for i, same in enumerate(agree) if not same), len(agree)) if stop else sum(agree)
+
+
+_COMMON_PREFIX = Exercise("rlhf_course.shared_batches:common_prefix", _common_prefix_probes, (
+    ("You let the prefix take a whole sequence: each must keep its last token for itself, where its score is read.",
+     lambda sequences: _prefix(sequences, spare=0)),
+    ("You counted all places where the sequences agree: the prefix ends at the first difference.",
+     lambda sequences: _prefix(sequences, stop=False)),
+    ("You compared only the first two sequences: all must begin alike.",
+     lambda sequences: min(_prefix(sequences[:2]), min(map(len, sequences)) - 1)),
+    ("You compared only the first and the last sequence as they are given: sort them before, or compare all.",
+     lambda sequences: min(_prefix([sequences[0], sequences[-1]]), min(map(len, sequences)) - 1)),
+    ("You stopped at the place of the last common token: a number of tokens is one more than the place of the last.",
+     lambda sequences: max(0, _prefix(sequences) - 1)),
+    ("You returned the tokens: their number is wanted.",
+     lambda sequences: list(sequences[0][: _prefix(sequences)])),
+    ("You kept the last token only of the longest sequence back: the shortest decides.",
+     lambda sequences: min(_prefix(sequences, spare=0), max(map(len, sequences)) - 1)),
+))
+
+
+def _length_groups_probes() -> list[Call]:
+    "Unsorted lengths, equal ones, exactly the ratio, another ratio, one row, none."
+    return [call([40, 10, 20, 21, 12]), call([7, 7, 7]), call([1, 2, 4, 8, 16]), call([9, 3, 5, 7, 11, 4], 1.5), call([5]), call([]),
+            call([3, 4, 6, 7, 9, 12, 13]), call([6, 2, 6, 2, 5]), call([10, 14, 20, 29], 1.0)]
+
+
+def _groups(lengths, ratio=2.0, fits=lambda length, group, ratio: length <= ratio * group[0], order=None):
+    "Rows in order into groups while the next length fits with the lengths that are there."
+    groups = []
+    for row in (sorted(range(len(lengths)), key=lengths.__getitem__) if order is None else order):
+        if not groups or not fits(lengths[row], [lengths[i] for i in groups[-1]], ratio):
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+_LENGTH_GROUPS = Exercise("rlhf_course.shared_batches:length_groups", _length_groups_probes, (
+    ("You compared with the row before: a group may then grow without end; compare with its shortest row, the first.",
+     lambda lengths, ratio=2.0: _groups(lengths, ratio, lambda length, group, ratio: length <= ratio * group[-1])),
+    ("You did not sort: rows of similar length are neighbours only in order of length.",
+     lambda lengths, ratio=2.0: _groups(lengths, ratio, order=range(len(lengths)))),
+    ("You began a new group at exactly the ratio: up to and including it is allowed.",
+     lambda lengths, ratio=2.0: _groups(lengths, ratio, lambda length, group, ratio: length < ratio * group[0] or length == group[0] != ratio * group[0])),
+    ("You left `ratio` at 2: use the one that is given.",
+     lambda lengths, ratio=2.0: _groups(lengths, 2.0)),
+    ("You took ratio as a difference in tokens: it multiplies the shortest.",
+     lambda lengths, ratio=2.0: _groups(lengths, ratio, lambda length, group, ratio: length <= ratio + group[0])),
+    ("You returned lengths: row numbers are wanted.",
+     lambda lengths, ratio=2.0: [[lengths[row] for row in group] for group in _groups(lengths, ratio)]),
+    ("You put each row in a group of its own.",
+     lambda lengths, ratio=2.0: [[row] for row in sorted(range(len(lengths)), key=lengths.__getitem__)]),
+    ("You began from the longest: groups and their rows come shortest first.",
+     lambda lengths, ratio=2.0: _groups(lengths, ratio, lambda length, group, ratio: ratio * length >= group[0],
+                                        order=sorted(range(len(lengths)), key=lambda row: -lengths[row]))),
+))
+
 # %% ../nbs/93_exercise_bank.ipynb #822a5da7
 def _absmax_int8_probes() -> list[Call]:
     "Rows of different size; a negative largest value; rows of zeros; all zeros; a single number."
@@ -1417,6 +1560,173 @@ _BITS_PER_WEIGHT = Exercise("rlhf_course.quantization:bits_per_weight", _bits_pr
      lambda bits, block, double=None: float(bits * block + 32 if double is None else (bits * block + 8) * double + 32)),
 ))
 
+# %% ../nbs/93_exercise_bank.ipynb #a7cfb9f7
+def _last_token_probes() -> list[Call]:
+    "All sides, both types, a hole in the middle, one column, and a row that is all padding."
+    both = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [1, 0, 1, 0, 0]])
+    return [call(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0]])), call(both), call(both.bool()), call(torch.ones(2, 3, dtype=torch.long)),
+            call(torch.tensor([[1]])), call(torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]).bool()), call(torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]]))]
+
+
+def _last(mask):
+    "Column of the last 1."
+    return torch.where(mask.bool(), torch.arange(mask.shape[1]), -1).max(1).values
+
+
+_LAST_TOKEN = Exercise("rlhf_course.reward_model:last_token_index", _last_token_probes, (
+    ("You counted the real tokens and took one off: with pads on the left the last of n tokens is not in column n - 1.",
+     lambda mask: mask.long().sum(1) - 1),
+    ("You took the token before the first pad: where the row begins with pads there is none before it.",
+     lambda mask: (mask.long().argmin(1) - 1) % mask.shape[1]),
+    ("You took argmin without asking whether there is a pad: a row without pads gives column 0, and -1 after the subtraction.",
+     lambda mask: mask.long().argmin(1) - 1),
+    ("You took the first real token: the last is wanted.", lambda mask: mask.long().argmax(1)),
+    ("You took the last column: in most rows that is a pad.", lambda mask: torch.full((len(mask),), mask.shape[1] - 1)),
+    ("You are one too early: the last real token itself is wanted.", lambda mask: _last(mask) - 1),
+    ("You are one too late: columns count from 0.", lambda mask: _last(mask) + 1),
+    ("You counted from the right: a column counts from the left.", lambda mask: mask.shape[1] - 1 - _last(mask)),
+    ("The result has shape (B, 1): a vector of B columns is wanted.", lambda mask: _last(mask)[:, None]),
+))
+
+
+def _bt_loss_probes() -> list[Call]:
+    "All labels, margins and smoothing, scores far apart."
+    g = torch.Generator().manual_seed(2)
+    a, b, labels = torch.randn(9, generator=g), torch.randn(9, generator=g), torch.tensor([0, 1, 2, 0, 1, 2, 1, 1, 0])
+    return [call(a, b, labels), call(a, b, labels, 0.7), call(a, b, labels, 0.0, 0.2), call(a, b, labels, 1.3, 0.1), call(a[:1], b[:1], labels[:1]),
+            call(100 * a, 100 * b, labels), call(a, b, torch.full((9,), 2), 0.5), call(a, b, torch.ones(9, dtype=torch.long), 0.4, 0.3)]
+
+
+def _bt_loss(a, b, labels, margin=0.0, smoothing=0.0, tie=0.5, lead=-1, half=0.5, reduce=torch.mean, sign=1, keep=None, shift=None):
+    "The loss with choices in the places where learners choose otherwise."
+    t = torch.tensor([1.0, 0.0, tie], dtype=a.dtype)[labels]
+    winner = torch.tensor([1.0, -1.0, 0.0], dtype=a.dtype)[labels]
+    x = sign * (a - b) + (lead * margin * winner if shift is None else shift)
+    t = (1 - smoothing) * t + smoothing * half
+    loss = -(t * torch.nn.functional.logsigmoid(x) + (1 - t) * torch.nn.functional.logsigmoid(-x))
+    return reduce(loss if keep is None else loss[keep])
+
+
+_BT_LOSS = Exercise("rlhf_course.reward_model:bradley_terry_loss", _bt_loss_probes, (
+    ("The sign is flipped: label 0 means that a won, so the loss falls as score a rises.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, -margin, label_smoothing, sign=-1)),
+    ("You gave a tie to b: its target is one half.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, label_smoothing, tie=0.0)),
+    ("You left ties out: they count with target one half.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, label_smoothing, keep=y != 2) if (y != 2).any() else a.sum() * float("nan")),
+    ("You forgot the labels: the first response was taken for the winner everywhere.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, torch.zeros_like(y), margin, label_smoothing)),
+    ("You added the losses up: their mean is wanted.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, label_smoothing, reduce=torch.sum)),
+    ("You returned one loss a row: their mean is wanted.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, label_smoothing, reduce=lambda loss: loss)),
+    ("You left the margin out.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, 0.0, label_smoothing)),
+    ("You gave the margin to the winner: it is taken off the winner's lead.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, label_smoothing, lead=1)),
+    ("You took the margin off a's lead in every row: where b won it is taken off b's lead, and a tie has no winner.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, label_smoothing, shift=-margin)),
+    ("You left label_smoothing out.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, 0.0)),
+    ("You moved the target by the whole of label_smoothing: it is spread over both sides, half of it on each.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin, min(1.0, 2 * label_smoothing))),
+    ("You took the squared difference between sigmoid and target: cross-entropy is wanted.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: ((torch.sigmoid(a - b - margin * torch.tensor([1.0, -1.0, 0.0])[y])
+                                                         - ((1 - label_smoothing) * torch.tensor([1.0, 0.0, 0.5])[y] + label_smoothing / 2)) ** 2).mean()),
+    ("You took the logarithm of a sigmoid: for large differences that is infinite; use logsigmoid.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: (lambda p, t: -(t * p.log() + (1 - t) * (1 - p).log()).mean())(
+         torch.sigmoid(a - b - margin * torch.tensor([1.0, -1.0, 0.0])[y]), (1 - label_smoothing) * torch.tensor([1.0, 0.0, 0.5])[y] + label_smoothing / 2)),
+    ("The whole loss has the wrong sign: log-probabilities are negative, their negative is minimised.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: -_bt_loss(a, b, y, margin, label_smoothing)),
+))
+
+# %% ../nbs/93_exercise_bank.ipynb #a0f5a66e
+def _classifier_logits_probes() -> list[Call]:
+    "Right, left and no padding, two and three classes."
+    g = torch.Generator().manual_seed(3)
+    hidden, masks = torch.randn(3, 4, 5, generator=g), [[[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]], [[0, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]], [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]]]
+    return [call(hidden, torch.tensor(mask), torch.randn(n, 5, generator=g)) for mask in masks for n in (2, 3)]
+
+
+def _pooled(hidden, column, weight):
+    "Logits at given columns."
+    return hidden[torch.arange(len(hidden)), column] @ weight.T
+
+
+_CLASSIFIER_LOGITS = Exercise("rlhf_course.pairwise_classifier:classifier_logits", _classifier_logits_probes, (
+    ("You took the mean of the hidden states: the last real token alone has read everything.",
+     lambda hidden, mask, weight: (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True) @ weight.T),
+    ("You took the mean of all places, pads too: the last real token is wanted.", lambda hidden, mask, weight: hidden.mean(1) @ weight.T),
+    ("You took the last column: in most rows that is a pad.", lambda hidden, mask, weight: hidden[:, -1] @ weight.T),
+    ("You took the number of real tokens minus one: with pads on the left that is another column.",
+     lambda hidden, mask, weight: _pooled(hidden, mask.sum(1) - 1, weight)),
+    ("You took the first real token: it has read nothing but itself.", lambda hidden, mask, weight: _pooled(hidden, mask.long().argmax(1), weight)),
+    ("You took the token before the last real one.", lambda hidden, mask, weight: _pooled(hidden, _last(mask) - 1, weight)),
+    ("You took the largest logit over the places: the last real token alone is wanted.", lambda hidden, mask, weight: (hidden @ weight.T).max(1).values),
+    ("You returned logits for every place: those at the last real token are wanted.", lambda hidden, mask, weight: hidden @ weight.T),
+    ("You returned probabilities: logits are wanted, cross-entropy takes the softmax.", lambda hidden, mask, weight: _pooled(hidden, _last(mask), weight).softmax(-1)),
+))
+
+
+def _position_bias_probes() -> list[Call]:
+    "A fair judge, one that always takes the first place, mixed ones, exact zeros."
+    g = torch.Generator().manual_seed(4)
+    m = torch.randn(11, generator=g)
+    return [call(m, -m), call(m.abs(), m.abs() + 1), call(m, torch.randn(11, generator=g)), call(torch.tensor([1.0, -0.5, 0.0, 2.0]), torch.tensor([1.0, 1.5, 3.0, -2.5])),
+            call(torch.tensor([-1.0, -2.0, 4.0]), torch.tensor([-0.5, -0.25, 1.0])), call(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))]
+
+
+def _bias(lean=lambda m, s: (m + s).mean() / 2, contradictions=lambda m, s: (m * s > 0).float().mean()):
+    "Both numbers by given rules."
+    return lambda m, s: {"lean": float(lean(m, s)), "contradictions": float(contradictions(m, s))}
+
+
+_POSITION_BIAS = Exercise("rlhf_course.pairwise_classifier:position_bias", _position_bias_probes, (
+    ("You took the difference of the margins: a fair judge's margins have opposite signs, so their sum is what should be 0.", _bias(lean=lambda m, s: (m - s).mean() / 2)),
+    ("You forgot to halve: margin and swapped margin both hold the lean, so their sum has it twice.", _bias(lean=lambda m, s: (m + s).mean())),
+    ("You looked at one order only: the mean margin also holds which side happened to be better.", _bias(lean=lambda m, s: m.mean())),
+    ("You took the absolute value of each sum: leans to both places may cancel, and should.", _bias(lean=lambda m, s: (m + s).abs().mean() / 2)),
+    ("You counted the pairs on which both orders agree: that is what is not a contradiction.", _bias(contradictions=lambda m, s: (m * s < 0).float().mean())),
+    ("You counted only the pairs where the first place won twice: the second place winning twice is a contradiction too.", _bias(contradictions=lambda m, s: ((m > 0) & (s > 0)).float().mean())),
+    ("You counted a margin of 0 as a contradiction: it takes no side.", _bias(contradictions=lambda m, s: (m * s >= 0).float().mean())),
+    ("You returned a number of pairs: their share is wanted.", _bias(contradictions=lambda m, s: (m * s > 0).float().sum())),
+    ("The lean has the wrong sign: above 0 means that the first place is favoured.", _bias(lean=lambda m, s: -(m + s).mean() / 2)),
+))
+
+
+def _worth_probes() -> list[Call]:
+    "Groups of unequal size; levels that differ between groups; scores with and without a length effect, and with noise."
+    g = torch.Generator().manual_seed(5)
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3])
+    utilities, words = torch.randn(15, generator=g), torch.randint(3, 60, (15,), generator=g).float()
+    level, noise = 3 * groups.float(), torch.randn(15, generator=g)
+    return [call(2 * utilities + 0.1 * words + level, utilities, words + 5 * groups, groups), call(utilities + level, utilities, words, groups),
+            call(0.5 * utilities - 0.02 * words + 0.3 * noise, utilities + level, words, groups), call(utilities + 0.05 * words + noise + level, utilities + 0.02 * words, words, groups)]
+
+
+def _slopes(scores, utilities, words, groups, centre=lambda x, groups: x - torch.stack([x[groups == g].mean() for g in groups]), use=(0, 1), ratio=lambda u, w: w / u):
+    "Slopes on utility and words among values centred in some way."
+    scores, utilities, words = (centre(x.double(), groups) for x in (scores, utilities, words))
+    design = torch.stack([(utilities, words)[i] for i in use], 1)
+    solution = torch.linalg.lstsq(design, scores[:, None]).solution[:, 0]
+    found = dict(zip(use, solution))
+    return float(ratio(found.get(0, torch.tensor(1.0)), found.get(1, torch.tensor(0.0))))
+
+
+_WORTH = Exercise("rlhf_course.reward_lab:worth_of_a_word", _worth_probes, (
+    ("You did not centre at all: the level of each prompt is taken for an effect.", lambda *a: _slopes(*a, centre=lambda x, groups: x)),
+    ("You centred over all responses: subtract the mean within each prompt.", lambda *a: _slopes(*a, centre=lambda x, groups: x - x.mean())),
+    ("You turned the ratio round: the slope on words over the slope on utility is wanted.", lambda *a: _slopes(*a, ratio=lambda u, w: u / w)),
+    ("You returned the slope on words: divide by the slope on utility, as scores have a scale of their own.", lambda *a: _slopes(*a, ratio=lambda u, w: w)),
+    ("You left utility out of the regression: good answers are of other lengths than bad ones, and words stand in for that.",
+     lambda s, u, w, g: _slopes(s, u, w, g, use=(1,)) / _slopes(s, u, w, g, ratio=lambda a, b: a)),
+    ("You fitted the two slopes one after the other: they have to be found together.",
+     lambda s, u, w, g: _slopes(s, u, w, g, use=(1,)) / _slopes(s, u, w, g, use=(0,), ratio=lambda a, b: a)),
+    ("You returned the product of the slopes: their ratio is wanted.", lambda *a: _slopes(*a, ratio=lambda u, w: u * w)),
+    ("You centred only the scores: utilities and words need it too.",
+     lambda s, u, w, g: (lambda c, d: float(d[1] / d[0]))(None, torch.linalg.lstsq(torch.stack([u.double(), w.double()], 1), (s.double() - torch.stack([s.double()[g == i].mean() for i in g]))[:, None]).solution[:, 0])),
+), atol=1e-5, rtol=1e-4)
+
 # %% ../nbs/93_exercise_bank.ipynb #a0413c78
 EXERCISES = {exercise.name: exercise
              for exercise in (_RAO_KUPPER, _BAYES_ACCURACY, _BAYES_LOG_LOSS, _TOKEN_LOGPROBS, _POSITION_IDS,
@@ -1424,6 +1734,8 @@ EXERCISES = {exercise.name: exercise
                               _SHARED_PROMPT, _SPLIT_TRANSCRIPT,
                               _BT_LOG_LIKELIHOOD, _BT_GRADIENT, _LONGER_WINS, _PROMPT_FOLDS,
                               _PAD_BATCH, _PADDING_FRACTION, _OPTIMAL_SIZES, _TOKEN_BUDGET_BATCHES, _LAYER_ACTIVATIONS,
+                              _COMMON_PREFIX, _LENGTH_GROUPS, _REWARD_ACCURACY, _CALIBRATION, _LAST_TOKEN, _BT_LOSS,
+                              _CLASSIFIER_LOGITS, _POSITION_BIAS, _WORTH,
                               _ABSMAX_INT8, _BLOCKWISE_ABSMAX, _NEAREST_LEVEL, _BITS_PER_WEIGHT)}
 
 

@@ -51,7 +51,7 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=152_000, n_fresh=16_800, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+ARENA = Sizes(n_comparisons=120_000, n_fresh=16_800, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
               n_updates=14, max_new_tokens=48, n_eval=384)
 ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_400, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
@@ -313,7 +313,8 @@ def stage_reward_model(
     metrics, margins = evaluate_rewards(trained, run.tokenizer, fresh, seed=run.options.seed)
     run.results["reward_model"] |= metrics | bayes
     with whole_folder(run.out / "reward_model") as folder:
-        run.reward_model = save_reward_model(trained, run.tokenizer, folder)
+        facts = {"data": run.results["data"]["source"], "comparisons": len(run.train), "base model": run.options.model or "a small Llama trained by rlhf_course", **metrics, **bayes}
+        run.reward_model = save_reward_model(trained, run.tokenizer, folder, facts)
     draw_reward_model(run, log, fresh, margins)
 
 # %% ../nbs/92_pipeline.ipynb #b27fe61b
@@ -626,7 +627,7 @@ def main(
     options = tyro.cli(commands, args=args, prog="rlhf-course", description="Reinforcement learning from human feedback on a laptop.")
     try:
         _act(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"rlhf-course: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -167,7 +167,9 @@ def bars(
                     textcoords="offset points", ha="center", va="bottom", fontsize=8,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     ax.grid(visible=False, axis="x")
-    ax.set_xlim(-0.6, len(values) - 0.4 + 0.5 * (limit is not None or baseline is not None))
+    room = max(0.5, 0.17 * len(values)) if limit is not None or baseline is not None else 0  # for the words on the two lines
+    ax.set_xlim(-0.6, len(values) - 0.4 + room)
+    ax.margins(y=0.1)  # room for the words on the highest bar
     _draw_levels(ax, limit, baseline)
     return fig
 

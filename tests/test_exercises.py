@@ -256,6 +256,84 @@ def bits_per_weight_by_totals(bits, block_size, double_block_size=None):
     return (bits * block_size * n_scales + scale_bits) / (block_size * n_scales)
 
 
+def common_prefix_by_slices(sequences):
+    """The longest slice that all begin with, tried from the longest possible."""
+    for length in range(min(map(len, sequences)) - 1, -1, -1):
+        if len({tuple(ids[:length]) for ids in sequences}) == 1:
+            return length
+    raise AssertionError("the empty slice is common to all")
+
+
+def length_groups_by_shortest(lengths, ratio=2.0):
+    """Take the shortest row that is left, and all that may stand with it."""
+    left, groups = list(range(len(lengths))), []
+    while left:
+        shortest = min(lengths[row] for row in left)
+        group = [row for row in left if lengths[row] <= ratio * shortest]
+        groups.append(sorted(group, key=lambda row: (lengths[row], row)))
+        left = [row for row in left if row not in group]
+    return groups
+
+
+def reward_accuracy_by_rows(margins, labels):
+    """One point a row that is right, half a point where the scores are equal."""
+    points = [0.5 if margin == 0 else float((margin > 0) == (label == 0)) for margin, label in zip(margins.tolist(), labels.tolist()) if label != 2]
+    return sum(points) / len(points) if points else math.nan
+
+
+def expected_calibration_error_by_rows(predicted, happened, n_bins=10):
+    """Sums of predictions and of outcomes, in runs of the sorted list."""
+    rows = sorted(zip(predicted.tolist(), happened.tolist()), key=lambda row: row[0])
+    size, rest, start, total = len(rows) // n_bins, len(rows) % n_bins, 0, 0.0
+    for number in range(n_bins):
+        run = rows[start : start + size + (number < rest)]
+        start += len(run)
+        total += abs(sum(p for p, _ in run) - sum(y for _, y in run))
+    return total / len(rows)
+
+
+def last_token_index_by_rows(attention_mask):
+    """The place of the last one in each row's list."""
+    columns = []
+    for row in attention_mask.long().tolist():
+        ones = [column for column, value in enumerate(row) if value]
+        if not ones:
+            raise ValueError("a row is all padding")
+        columns.append(ones[-1])
+    return torch.tensor(columns)
+
+
+def bradley_terry_loss_by_rows(scores_a, scores_b, labels, margin=0.0, label_smoothing=0.0):
+    """binary_cross_entropy_with_logits, one row at a time."""
+    losses = []
+    for a, b, label in zip(scores_a, scores_b, labels.tolist()):
+        logit = a - b + {0: -margin, 1: margin, 2: 0.0}[label]
+        target = {0: 1 - label_smoothing / 2, 1: label_smoothing / 2, 2: 0.5}[label]
+        losses.append(torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.tensor(target, dtype=logit.dtype)))
+    return torch.stack(losses).mean()
+
+
+def classifier_logits_by_rows(hidden, attention_mask, weight):
+    """The last of the real states of each row."""
+    return torch.stack([weight @ states[mask.bool()][-1] if mask.all() or mask.any() else None for states, mask in zip(hidden, attention_mask)])
+
+
+def position_bias_by_rows(margins, swapped_margins):
+    """Sums and counts, pair by pair."""
+    pairs = list(zip(margins.tolist(), swapped_margins.tolist()))
+    twice = sum((one > 0 and other > 0) or (one < 0 and other < 0) for one, other in pairs)
+    return {"lean": sum(one + other for one, other in pairs) / 2 / len(pairs), "contradictions": twice / len(pairs)}
+
+
+def worth_of_a_word_by_normal_equations(scores, utilities, words, groups):
+    """Means by a table of groups, slopes from the normal equations."""
+    member = torch.nn.functional.one_hot(groups).double()
+    centred = [x.double() - member @ ((member.T @ x.double()) / member.sum(0)) for x in (scores, utilities, words)]
+    design = torch.stack(centred[1:], 1)
+    slopes = torch.linalg.solve(design.T @ design, design.T @ centred[0])
+    return (slopes[1] / slopes[0]).item()
+
+
 ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accuracy_by_rows, "bayes_log_loss": bayes_log_loss_by_rows,
                "token_logprobs": token_logprobs_by_rows, "position_ids": position_ids_by_rows,
                "low_rank_update": low_rank_update_by_entries, "lora_parameter_count": lora_parameter_count_by_zeros,
@@ -266,6 +344,10 @@ ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accurac
                "count_longer_wins": count_longer_wins_by_rows, "prompt_folds": prompt_folds_by_rows,
                "pad_batch": pad_batch_by_rows, "padding_fraction": padding_fraction_by_pads, "optimal_sizes": optimal_sizes_by_trying,
                "token_budget_batches": token_budget_batches_by_sizes, "layer_activations": layer_activations_by_tensors,
+               "reward_accuracy": reward_accuracy_by_rows, "expected_calibration_error": expected_calibration_error_by_rows,
+               "last_token_index": last_token_index_by_rows, "bradley_terry_loss": bradley_terry_loss_by_rows,
+               "classifier_logits": classifier_logits_by_rows, "position_bias": position_bias_by_rows, "worth_of_a_word": worth_of_a_word_by_normal_equations,
+               "common_prefix": common_prefix_by_slices, "length_groups": length_groups_by_shortest,
                "absmax_int8": absmax_int8_by_rows, "blockwise_absmax": blockwise_absmax_by_slices,
                "nearest_level": nearest_level_by_distance, "bits_per_weight": bits_per_weight_by_totals}  # fmt: skip
 

@@ -186,7 +186,6 @@ class Page:
         self.show(place)
         return self.js("return nb.widgets[arguments[0]].outputArea.node.innerText", place)
 
-
     def put_cell(self, source: str) -> int:
         """The place of a new cell below the title."""
         self.js("nb.model.sharedModel.insertCell(1, {cell_type: 'code', source: arguments[0]})", source)
