@@ -398,13 +398,14 @@ def _claim_folder(
     train: Dataset, # on what
 ) -> Path | None: # the checkpoint to go on from
     "Notes in the folder what is trained there. Raises: `ValueError` where something else was."
-    note = {"config": asdict(config), "n_comparisons": len(train), "fingerprint": zlib.crc32("".join(train["prompt"][:100]).encode())}
+    fingerprint = zlib.crc32("\n".join(train[:100]["response_a"]).encode())
+    note = json.dumps({"config": asdict(config), "n_comparisons": len(train), "fingerprint": fingerprint}, indent=1)
     place = folder / "training.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if place.exists() and json.loads(place.read_text()) != note:
+    if place.exists() and place.read_text(encoding="utf-8") != note:
         raise bad_argument("train_reward_model", "output_dir", "a folder of the same training, or a new one", f"{folder}, where another config or other data were used",
                            "name another folder, or delete this one")
-    write_atomic(place, json.dumps(note, indent=1))
+    write_atomic(place, note)
     return last_whole_checkpoint(folder)
 
 
