@@ -965,6 +965,9 @@ _REWARD_ACCURACY = Exercise("rlhf_course.judging:reward_accuracy", _reward_accur
     ("You counted equal scores as wrong: they are no choice and count one half.", lambda m, y: _accuracy(m, y, zero=0.0)),
     ("You counted equal scores as right: they are no choice and count one half.", lambda m, y: _accuracy(m, y, zero=1.0)),
     ("The sign is flipped: label 0 means that a won, so a positive margin is right there.", lambda m, y: _accuracy(m, y, sign=-1)),
+    ("You gave a margin of 0 to b: it is no choice and counts one half.", lambda m, y: float(((m > 0) == (y == 0))[y != 2].double().mean())),
+    ("You gave a margin of 0 to a: it is no choice and counts one half.", lambda m, y: float(((m >= 0) == (y == 0))[y != 2].double().mean())),
+    ("You returned the mean sign, which goes from -1 to 1: take half of it plus one half.", lambda m, y: 2 * _accuracy(m, y) - 1),
     ("You counted ties as comparisons that b won: leave rows with label 2 out.", lambda m, y: _accuracy(m, y, ties=True)),
     ("You divided by all rows, ties included: divide by the decided ones.",
      lambda m, y: float(_accuracy(m, y) * (y != 2).double().mean()) if (y != 2).any() else 0.0),
@@ -1006,6 +1009,16 @@ _CALIBRATION = Exercise("rlhf_course.judging:expected_calibration_error", _calib
      lambda p, y, n_bins=10: _calibration(p, y, n_bins, weigh=False, total=True)),
     ("You took the largest gap: the mean over predictions is wanted.",
      lambda p, y, n_bins=10: max(_calibration(p, y, bins=[rows]) * len(p) / len(rows) for rows in torch.tensor_split(p.argsort(stable=True), n_bins))),
+    ("You sorted the predictions and left the outcomes in their old order: both go together.",
+     lambda p, y, n_bins=10: _calibration(p.sort(stable=True).values, y, bins=torch.tensor_split(torch.arange(len(p)), n_bins))),
+    ("You took the root of the mean square of the gaps: their absolute value is wanted.",
+     lambda p, y, n_bins=10: _calibration(p, y, n_bins, gap=lambda a, b: (a.mean() - b.mean()) ** 2) ** 0.5),
+    ("Your last bin takes the remainder: sizes differ by at most one, the first bins are the longer ones.",
+     lambda p, y, n_bins=10: (lambda order, size: _calibration(p, y, bins=[order[i * size : (i + 1) * size if i < n_bins - 1 else None] for i in range(n_bins)]))(
+         p.argsort(stable=True), len(p) // n_bins)),
+    ("You dropped the remainder: every prediction is in a bin.",
+     lambda p, y, n_bins=10: (lambda order, size: _calibration(p, y, bins=[order[i * size : (i + 1) * size] for i in range(n_bins)]))(
+         p.argsort(stable=True), len(p) // n_bins)),
     ("You squared the gaps: their absolute value is wanted.",
      lambda p, y, n_bins=10: _calibration(p, y, n_bins, gap=lambda a, b: (a.mean() - b.mean()) ** 2)),
     ("You lost the absolute value: gaps of both signs cancel.",
@@ -1317,7 +1330,8 @@ def _common_prefix_probes() -> list[Call]:
     "One sequence, equal ones, one that another begins with, and prefixes that come back after a difference."
     return [call([[5, 6, 7], [5, 6, 8, 9], [5, 6, 7, 7]]), call([[5, 6, 7]]), call([[4, 4, 4], [4, 4, 4]]), call([[5, 6], [5, 6, 7, 8]]),
             call([[1, 2, 3, 4], [1, 9, 3, 4]]), call([[2, 3], [3, 3]]), call([[8], [8, 1]]), call([[1, 2, 3, 9], [1, 2, 3, 4], [1, 2, 5, 4]]),
-            call([[7, 7, 2], [7, 7, 2], [7, 1, 2]]), call([[1, 2, 3], [1, 9, 3], [1, 2, 3]])]
+            call([[7, 7, 2], [7, 7, 2], [7, 1, 2]]), call([[1, 2, 3], [1, 9, 3], [1, 2, 3]]),
+            call([[5, 6, 7, 8], [5, 6]]), call([(3, 4, 5), (3, 4, 6)])]
 
 
 def _prefix(sequences, spare=1, stop=True, pick=min):
@@ -1339,6 +1353,10 @@ _COMMON_PREFIX = Exercise("rlhf_course.shared_batches:common_prefix", _common_pr
      lambda sequences: max(0, _prefix(sequences) - 1)),
     ("You returned the tokens: their number is wanted.",
      lambda sequences: list(sequences[0][: _prefix(sequences)])),
+    ("You kept the last token back only of the first sequence: the shortest decides.",
+     lambda sequences: min(_prefix(sequences, spare=0), len(sequences[0]) - 1)),
+    ("A single sequence shares all but its last token with itself: its result is its length minus one.",
+     lambda sequences: _prefix(sequences) if len(sequences) > 1 else 0),
     ("You kept the last token only of the longest sequence back: the shortest decides.",
      lambda sequences: min(_prefix(sequences, spare=0), max(map(len, sequences)) - 1)),
 ))
@@ -1373,6 +1391,8 @@ _LENGTH_GROUPS = Exercise("rlhf_course.shared_batches:length_groups", _length_gr
      lambda lengths, ratio=2.0: _groups(lengths, ratio, lambda length, group, ratio: length <= ratio + group[0])),
     ("You returned lengths: row numbers are wanted.",
      lambda lengths, ratio=2.0: [[lengths[row] for row in group] for group in _groups(lengths, ratio)]),
+    ("You lost the last group: add it when the rows are at an end.", lambda lengths, ratio=2.0: _groups(lengths, ratio)[:-1]),
+    ("No rows give no groups: an empty list, not a list with an empty group.", lambda lengths, ratio=2.0: _groups(lengths, ratio) or [[]]),
     ("You put each row in a group of its own.",
      lambda lengths, ratio=2.0: [[row] for row in sorted(range(len(lengths)), key=lengths.__getitem__)]),
     ("You began from the longest: groups and their rows come shortest first.",
@@ -1565,7 +1585,14 @@ def _last_token_probes() -> list[Call]:
     "All sides, both types, a hole in the middle, one column, and a row that is all padding."
     both = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [1, 0, 1, 0, 0]])
     return [call(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0]])), call(both), call(both.bool()), call(torch.ones(2, 3, dtype=torch.long)),
-            call(torch.tensor([[1]])), call(torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]).bool()), call(torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]]))]
+            call(torch.tensor([[1]])), call(torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]).bool()), call(torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])),
+            call(torch.tensor([[1, 1, 0], [0, 0, 0]]))]
+
+
+def _must_refuse(mask):
+    "Raises what the solution raises for a row without a token."
+    if not mask.bool().any(1).all():
+        raise ValueError("a row is all padding")
 
 
 def _last(mask):
@@ -1586,6 +1613,9 @@ _LAST_TOKEN = Exercise("rlhf_course.reward_model:last_token_index", _last_token_
     ("You are one too late: columns count from 0.", lambda mask: _last(mask) + 1),
     ("You counted from the right: a column counts from the left.", lambda mask: mask.shape[1] - 1 - _last(mask)),
     ("The result has shape (B, 1): a vector of B columns is wanted.", lambda mask: _last(mask)[:, None]),
+    ("A row without a single real token must be refused with a ValueError.", _last),
+    ("You added the number of real tokens to the place of the first: that is right only where there is no hole between them.",
+     lambda mask: (_must_refuse(mask), mask.long().argmax(1) + mask.long().sum(1) - 1)[1]),
 ))
 
 
@@ -1638,7 +1668,13 @@ _BT_LOSS = Exercise("rlhf_course.reward_model:bradley_terry_loss", _bt_loss_prob
          torch.sigmoid(a - b - margin * torch.tensor([1.0, -1.0, 0.0])[y]), (1 - label_smoothing) * torch.tensor([1.0, 0.0, 0.5])[y] + label_smoothing / 2)),
     ("The whole loss has the wrong sign: log-probabilities are negative, their negative is minimised.",
      lambda a, b, y, margin=0.0, label_smoothing=0.0: -_bt_loss(a, b, y, margin, label_smoothing)),
-))
+    ("You took the margin from the smoothed target: it belongs to the label, m (2t - 1) with t before smoothing.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, margin * (1 - label_smoothing), label_smoothing)),
+    ("You took the margin of a tie off a: a tie has no winner, its margin is 0.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a, b, y, 0.0, label_smoothing, shift=-margin * torch.tensor([1.0, -1.0, 1.0])[y])),
+    ("You detached the scores: nothing can be learned from a loss without a gradient.",
+     lambda a, b, y, margin=0.0, label_smoothing=0.0: _bt_loss(a.detach(), b.detach(), y, margin, label_smoothing)),
+), gradients=True)
 
 # %% ../nbs/93_exercise_bank.ipynb #a0f5a66e
 def _classifier_logits_probes() -> list[Call]:
@@ -1663,6 +1699,8 @@ _CLASSIFIER_LOGITS = Exercise("rlhf_course.pairwise_classifier:classifier_logits
     ("You took the first real token: it has read nothing but itself.", lambda hidden, mask, weight: _pooled(hidden, mask.long().argmax(1), weight)),
     ("You took the token before the last real one.", lambda hidden, mask, weight: _pooled(hidden, _last(mask) - 1, weight)),
     ("You took the largest logit over the places: the last real token alone is wanted.", lambda hidden, mask, weight: (hidden @ weight.T).max(1).values),
+    ("You indexed the places for all rows at once and got every row at every column: pair each row with its own column, with torch.arange.",
+     lambda hidden, mask, weight: hidden[:, _last(mask)] @ weight.T),
     ("You returned logits for every place: those at the last real token are wanted.", lambda hidden, mask, weight: hidden @ weight.T),
     ("You returned probabilities: logits are wanted, cross-entropy takes the softmax.", lambda hidden, mask, weight: _pooled(hidden, _last(mask), weight).softmax(-1)),
 ))
@@ -1673,7 +1711,8 @@ def _position_bias_probes() -> list[Call]:
     g = torch.Generator().manual_seed(4)
     m = torch.randn(11, generator=g)
     return [call(m, -m), call(m.abs(), m.abs() + 1), call(m, torch.randn(11, generator=g)), call(torch.tensor([1.0, -0.5, 0.0, 2.0]), torch.tensor([1.0, 1.5, 3.0, -2.5])),
-            call(torch.tensor([-1.0, -2.0, 4.0]), torch.tensor([-0.5, -0.25, 1.0])), call(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))]
+            call(torch.tensor([-1.0, -2.0, 4.0]), torch.tensor([-0.5, -0.25, 1.0])), call(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0])),
+            call(torch.tensor([0.0, 0.0, -1.0]), torch.tensor([0.0, -2.0, 2.0]))]
 
 
 def _bias(lean=lambda m, s: (m + s).mean() / 2, contradictions=lambda m, s: (m * s > 0).float().mean()):
@@ -1688,6 +1727,10 @@ _POSITION_BIAS = Exercise("rlhf_course.pairwise_classifier:position_bias", _posi
     ("You took the absolute value of each sum: leans to both places may cancel, and should.", _bias(lean=lambda m, s: (m + s).abs().mean() / 2)),
     ("You counted the pairs on which both orders agree: that is what is not a contradiction.", _bias(contradictions=lambda m, s: (m * s < 0).float().mean())),
     ("You counted only the pairs where the first place won twice: the second place winning twice is a contradiction too.", _bias(contradictions=lambda m, s: ((m > 0) & (s > 0)).float().mean())),
+    ("You compared the signs and took two margins of 0 for a contradiction: they take no side.",
+     _bias(contradictions=lambda m, s: (m.sign() == s.sign()).float().mean())),
+    ("You asked whether both or neither are above 0: a margin of 0 takes no side.",
+     _bias(contradictions=lambda m, s: ((m > 0) == (s > 0)).float().mean())),
     ("You counted a margin of 0 as a contradiction: it takes no side.", _bias(contradictions=lambda m, s: (m * s >= 0).float().mean())),
     ("You returned a number of pairs: their share is wanted.", _bias(contradictions=lambda m, s: (m * s > 0).float().sum())),
     ("The lean has the wrong sign: above 0 means that the first place is favoured.", _bias(lean=lambda m, s: -(m + s).mean() / 2)),

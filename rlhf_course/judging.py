@@ -82,7 +82,7 @@ def expected_calibration_error(
 ) -> float:  # in [0, 1]; 0 where each bin's mean prediction is its frequency
     """The mean over predictions of the distance between a bin's mean prediction and the observed frequency in it.
 
-    Of a finite sample it is never quite 0, even for a calibrated predictor: compare it with that of the truth, or over seeds.
+    Of a finite sample it is rarely 0, even for a calibrated predictor: compare it with that of the truth. Libraries that cut [0, 1] into bins of equal width give another number.
     Raises: ValueError for other shapes, values outside [0, 1], or more bins than predictions. Source: Nguyen and O'Connor (2015), section 3, for bins of equal size.
     """
     if predicted.shape != happened.shape or predicted.ndim != 1 or not 1 <= n_bins <= len(predicted):
@@ -123,7 +123,7 @@ def rank_correlation(
     Raises: ValueError for shapes that differ or fewer than two values.
     Source: Spearman (1904), The proof and measurement of association between two things.
     """
-    if scores.shape != values.shape or scores.ndim != 1 or len(scores) < 2:
-        raise bad_argument("rank_correlation", "values", "one for each score, at least two", f"{tuple(values.shape)} for {tuple(scores.shape)}",
+    if scores.shape != values.shape or scores.ndim != 1 or len(scores) < 2 or bool(torch.isnan(scores + values).any()):
+        raise bad_argument("rank_correlation", "values", "one for each score, at least two, none of them NaN", f"{tuple(values.shape)} for {tuple(scores.shape)}",
                            "give the true value of each response")
     return float(torch.corrcoef(torch.stack([_ranks(scores), _ranks(values)]))[0, 1])

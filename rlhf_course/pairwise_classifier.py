@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from .checks import bad_argument
 from .padding import pad_batch, tokenize_both
-from .reward_model import ProgressBar, RewardConfig, add_lora, last_token_index, reward_optimizer
+from .reward_model import ProgressBar, RewardConfig, add_lora, head_name, last_token_index, reward_optimizer
 from .shared_batches import LengthGroupedSampler
 
 # %% auto #0
-__all__ = ['swap_sides', 'classifier_logits', 'ClassifierCollator', 'ClassifierTrainer', 'train_classifier', 'classify_pairs',
-           'position_bias']
+__all__ = ['swap_sides', 'classifier_logits', 'ClassifierCollator', 'looks_both_ways', 'ClassifierTrainer', 'train_classifier',
+           'classify_pairs', 'position_bias']
 
 # %% ../nbs/04a_pairwise_classifier.ipynb #02889931
 def swap_sides(
@@ -64,6 +64,13 @@ class ClassifierCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": torch.tensor([int(row["label"]) for row in rows])}
 
 
+def looks_both_ways(
+    model: PreTrainedModel | PeftModel,  # a sequence classifier
+) -> bool:  # True for encoders, which would see the pads on the right and need a mask
+    "Whether the head is an encoder's. A decoder sees nothing to the right of a token, and is faster without a mask."
+    return head_name(model) != "score"
+
+
 class ClassifierTrainer(Trainer):
     "transformers' `Trainer` with batches of similar lengths and the cross-entropy over the classes."
 
@@ -81,8 +88,8 @@ class ClassifierTrainer(Trainer):
         return 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "The loss of one batch. A causal model padded on the right needs no mask."
-        outputs = model(input_ids=inputs["input_ids"])
+        "The loss of one batch."
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"] if looks_both_ways(model) else None)
         loss = cross_entropy(outputs.logits.float(), inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
@@ -96,11 +103,15 @@ def train_classifier(
 ) -> tuple[PeftModel, list[dict]]:  # the trained model in eval mode, and the log of losses
     """A pairwise classifier trained with LoRA.
 
-    Raises: ValueError for a head of neither two nor three outputs, or where nothing but ties is left.
+    Raises: ValueError for a head of neither two nor three outputs, options that are not used here, or where nothing but ties is left.
     """
     n_classes = model.config.num_labels
     if n_classes not in (2, 3):
         raise bad_argument("train_classifier", "model", "one with 2 outputs, or 3 with ties", n_classes, "pass n_outputs to new_reward_model")
+    plain = RewardConfig()
+    for name in ("accumulation_steps", "label_smoothing", "margin", "centring", "patience"):
+        if getattr(config, name) != getattr(plain, name):
+            raise bad_argument("train_classifier", "config", f"one with {name} at its default", getattr(config, name), "a classifier has no use for it here")
     if n_classes == 2:
         train = train.select([i for i, winner in enumerate(train["winner"]) if winner != "tie"])
     if not len(train):
@@ -133,12 +144,14 @@ def classify_pairs(
                 - classify_pairs(model, tokenizer, swap_sides(comparisons), batch_size=batch_size)) / 2
     ids, margins = tokenize_both(comparisons, tokenizer)["input_ids"][:], torch.empty(len(comparisons))
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # longest first: running out of memory shows at once
+    was_training, masked = model.training, looks_both_ways(model)
     model.eval()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        input_ids, _ = pad_batch([ids[i] for i in rows], tokenizer.pad_token_id)
-        logits = model(input_ids=input_ids.to(model.device)).logits.float().cpu()
+        input_ids, mask = (x.to(model.device) for x in pad_batch([ids[i] for i in rows], tokenizer.pad_token_id))
+        logits = model(input_ids=input_ids, attention_mask=mask if masked else None).logits.float().cpu()
         margins[rows] = logits[:, 0] - logits[:, 1]
+    model.train(was_training)
     return margins
 
 # %% ../nbs/04a_pairwise_classifier.ipynb #70752096

@@ -88,7 +88,7 @@ def ensemble_spread(
     """What an ensemble says of each response, and how much its members disagree. The level of each model, prompt by prompt, has no influence.
 
     Raises: ValueError for fewer than two models, or groups that do not fit.
-    Source: Coste et al. (2023), section 3, where mean minus deviation is used as a reward.
+    Source: Coste et al. (2023), section 3, where the mean minus a multiple of the variance is used as a reward.
     """
     if scores.ndim != 2 or len(scores) < 2 or scores.shape[1] != len(groups):
         raise bad_argument("ensemble_spread", "scores", "(M, N) with M at least 2 and N the number of groups", tuple(scores.shape), "stack the models' scores")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTIZATION', 'ATTENTION_NAMES', 'last_token_index', 'bradley_terry_loss', 'centring_penalty', 'ensure_pad_token',
-           'head_name', 'new_reward_model', 'score_sequences', 'score_responses', 'attention_targets', 'RewardConfig',
-           'norm_names', 'add_lora', 'score_packed', 'reads_packed_rows', 'score_in_groups', 'RewardTrainer',
-           'ProgressBar', 'reward_optimizer', 'last_whole_checkpoint', 'reward_batches', 'train_reward_model',
-           'evaluate_rewards', 'model_card', 'save_reward_model']
+           'head_name', 'new_reward_model', 'score_sequences', 'score_responses', 'score_ids', 'attention_targets',
+           'RewardConfig', 'norm_names', 'add_lora', 'score_packed', 'reads_packed_rows', 'score_in_groups',
+           'RewardTrainer', 'ProgressBar', 'reward_optimizer', 'last_whole_checkpoint', 'reward_batches',
+           'train_reward_model', 'evaluate_rewards', 'model_card', 'save_reward_model']
 
 # %% ../nbs/04_reward_model.ipynb #bb1cc561
 import json
@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from .checks import bad_argument, write_atomic
 from .judging import accuracy_interval, reward_accuracy, reward_log_loss
-from .padding import LABELS, encode_conversations, pad_batch, tokenize_pairs
+from .padding import encode_conversations, pad_batch, tokenize_pairs
 from .preferences import sort_longest_first
 from .shared_batches import BlockSampler, PrefixCollator, SharedPairCollator, length_groups, shared_blocks, share_prefixes
 
@@ -67,9 +67,12 @@ def bradley_terry_loss(
 ) -> Tensor: # mean cross-entropy, scalar, nats
     """The negative log-likelihood of the labels under Bradley-Terry; a tie counts as half a win for each.
 
-    The limiting case of equal scores is log 2. Adding a constant to all scores changes nothing.
-    Source: Bradley and Terry (1952); Stiennon et al. (2020), section 3.4; Touvron et al. (2023), section 3.2.2, for the margin.
+    The limiting case of equal scores is log 2 (without a margin). Adding a constant to all scores changes nothing.
+    Raises: `ValueError` for shapes that differ. Source: Bradley and Terry (1952); Stiennon et al. (2020), section 3.4; Touvron et al. (2023), section 3.2.2, for the margin.
     """
+    if not scores_a.shape == scores_b.shape == labels.shape or labels.ndim != 1:
+        raise bad_argument("bradley_terry_loss", "scores_a", "of the shape of scores_b and labels, (B,)",
+                           f"{tuple(scores_a.shape)}, {tuple(scores_b.shape)}, {tuple(labels.shape)}", "squeeze the head's last dimension")
     target = torch.tensor([1.0, 0.0, 0.5], device=labels.device, dtype=scores_a.dtype)[labels]
     logits = scores_a - scores_b - margin * (2 * target - 1)
     smoothed = (1 - label_smoothing) * target + label_smoothing / 2
@@ -137,7 +140,8 @@ def new_reward_model(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise bad_argument("new_reward_model", "tokenizer", "one with a pad token of its own",
                            f"pad {tokenizer.pad_token!r} and end {tokenizer.eos_token!r}", "call ensure_pad_token first")
-    with _expected_warnings(): # the library reports that the head is new, which is the point
+    with torch.random.fork_rng(devices=[]), _expected_warnings(): # the library reports that the head is new, which is the point
+        torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=n_outputs, dtype=torch.float32, problem_type="regression" if n_outputs == 1 else "single_label_classification",
             quantization_config=BitsAndBytesConfig(**QUANTIZATION[bits]) if QUANTIZATION[bits] else None)
@@ -164,7 +168,6 @@ def score_sequences(
     return model(input_ids=input_ids, attention_mask=None if needs_no_mask else attention_mask).logits.squeeze(-1).float()
 
 # %% ../nbs/04_reward_model.ipynb #2d1c282f
-@torch.no_grad()
 def score_responses(
     model: PreTrainedModel, # a reward model
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
@@ -173,20 +176,30 @@ def score_responses(
     batch_size: int = 64, # conversations at a time; changes the speed only
 ) -> Tensor: # scores, (B,) float on the CPU, in the order given
     "The score of each response to its prompt, from text. The model is left in its mode."
+    return score_ids(model, encode_conversations(prompts, responses, tokenizer), tokenizer.pad_token_id, batch_size)
+
+
+@torch.no_grad()
+def score_ids(
+    model: PreTrainedModel | PeftModel, # a reward model
+    ids: Sequence[Sequence[int]], # token ids of each conversation
+    pad_token_id: int, # fills the free places
+    batch_size: int = 64, # conversations at a time; changes the speed only
+) -> Tensor: # scores, (N,) float on the CPU, in the order given
+    "The score of each conversation. The model is left in its mode."
     was_training = model.training
     model.eval()
-    ids = encode_conversations(prompts, responses, tokenizer)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i])) # longest first: running out of memory shows at once
     scores = torch.empty(len(ids))
     for start in range(0, len(ids), batch_size):
         rows = order[start:start + batch_size]
-        batch = pad_batch([ids[i] for i in rows], tokenizer.pad_token_id)
+        batch = pad_batch([ids[i] for i in rows], pad_token_id)
         scores[rows] = score_sequences(model, *(x.to(model.device) for x in batch)).cpu()
     model.train(was_training)
     return scores
 
 # %% ../nbs/04_reward_model.ipynb #270b517d
-ATTENTION_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("c_attn",),
+ATTENTION_NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"), ("c_attn",),
                    ("qkv_proj",), ("query_key_value",), ("Wqkv",))
 
 def attention_targets(
@@ -327,7 +340,7 @@ class RewardTrainer(Trainer):
         if self.config.centring: loss = loss + self.config.centring * centring_penalty(scores_a, scores_b)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"RewardTrainer: the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of rows "
-                                     f"{inputs['rows'].tolist()}; lower the learning rate, or look at these rows")
+                                     f"{inputs['rows'].tolist() if 'rows' in inputs else 'unknown'}; lower the learning rate, or look at these rows")
         return (loss, {"loss": loss, "logits": scores_a - scores_b}) if return_outputs else loss
 
 # %% ../nbs/04_reward_model.ipynb #50176d69
@@ -396,15 +409,17 @@ def _claim_folder(
     folder: Path, # for checkpoints
     config: RewardConfig, # how
     train: Dataset, # on what
+    model: PreTrainedModel, # from where
 ) -> Path | None: # the checkpoint to go on from
     "Notes in the folder what is trained there. Raises: `ValueError` where something else was."
-    fingerprint = zlib.crc32("\n".join(train[:100]["response_a"]).encode())
-    note = json.dumps({"config": asdict(config), "n_comparisons": len(train), "fingerprint": fingerprint}, indent=1)
+    rows = zlib.crc32(repr(train.to_dict()).encode())
+    weights = zlib.crc32(b"".join(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for p in model.parameters()))
+    note = json.dumps({"config": asdict(config), "n_comparisons": len(train), "rows": rows, "model": weights}, indent=1)
     place = folder / "training.json"
     folder.mkdir(parents=True, exist_ok=True)
     if place.exists() and place.read_text(encoding="utf-8") != note:
-        raise bad_argument("train_reward_model", "output_dir", "a folder of the same training, or a new one", f"{folder}, where another config or other data were used",
-                           "name another folder, or delete this one")
+        raise bad_argument("train_reward_model", "output_dir", "a folder of the same training, or a new one",
+                           f"{folder}, where another config, other comparisons or another model were used", "name another folder, or delete this one")
     write_atomic(place, note)
     return last_whole_checkpoint(folder)
 
@@ -414,13 +429,11 @@ def reward_batches(
     tokenizer: PreTrainedTokenizerBase, # gives the tokens
     config: RewardConfig, # batch size and seed
 ) -> tuple[Dataset, BlockSampler]: # tokenized comparisons with their number in `train` as `row`, and the batches
-    "Comparisons sorted so that those of one prompt are neighbours, and batches of whole blocks."
-    prompts = train["prompt"][:]
-    order = sorted(range(len(prompts)), key=prompts.__getitem__) # stable: comparisons that share responses become neighbours
-    sides = [train[f"response_{side}"][:] for side in "ab"]
-    blocks = shared_blocks(*([(prompts[row], texts[row]) for row in order] for texts in sides), max_size=config.batch_size)
-    pairs = tokenize_pairs(train.select(order), tokenizer).select_columns(["input_ids_a", "input_ids_b", "label"]) # masks are made by the collator
-    return pairs.add_column("row", order), BlockSampler(blocks, config.batch_size, config.seed)
+    "Tokenized comparisons, and batches of whole blocks of comparisons that share responses, wherever in the data they stand."
+    prompts, sides = train["prompt"][:], [train[f"response_{side}"][:] for side in "ab"]
+    blocks = shared_blocks(*(list(zip(prompts, texts)) for texts in sides), max_size=config.batch_size)
+    pairs = tokenize_pairs(train, tokenizer).select_columns(["input_ids_a", "input_ids_b", "label"]) # masks are made by the collator
+    return pairs.add_column("row", list(range(len(train)))), BlockSampler(blocks, config.batch_size, config.seed)
 
 # %% ../nbs/04_reward_model.ipynb #df4424b5
 def train_reward_model(
@@ -437,26 +450,28 @@ def train_reward_model(
     Raises: `ValueError` for patience without `valid`, or a folder where something else was trained; `FloatingPointError` for a loss that is not finite.
     """
     if config.patience and valid is None: raise bad_argument("train_reward_model", "valid", "held-out comparisons", None, "give some, or no patience")
-    checkpoint = None if output_dir is None else _claim_folder(Path(output_dir), config, train)
+    checkpoint = None if output_dir is None else _claim_folder(Path(output_dir), config, train, model)
     set_seed(config.seed)
     pairs, sampler = reward_batches(train, tokenizer, config)
     adapted = add_lora(model, config)
     packed = PartialState().num_processes == 1 and reads_packed_rows(adapted) # several processes wrap the model, and call it as a whole
     collator = (PrefixCollator if packed else SharedPairCollator)(tokenizer.pad_token_id)
     held_out = None if valid is None else tokenize_pairs(sort_longest_first(valid, tokenizer), tokenizer)
+    n_steps = math.ceil(len(sampler) / config.accumulation_steps) * config.n_epochs
+    every = min(config.check_every, n_steps) # so that there is at least one
     callbacks = [ProgressBar("reward model"), *([EarlyStoppingCallback(config.patience)] if config.patience else [])]
     with tempfile.TemporaryDirectory() as scratch, _expected_warnings():
         arguments = TrainingArguments(
             output_dir=str(output_dir or scratch), num_train_epochs=config.n_epochs, gradient_accumulation_steps=config.accumulation_steps,
-            save_strategy="steps" if output_dir or config.patience else "no", save_steps=config.check_every, save_total_limit=2,
-            eval_strategy="no" if valid is None else "steps", eval_steps=config.check_every, per_device_eval_batch_size=config.batch_size,
+            save_strategy="steps" if output_dir or config.patience else "no", save_steps=every, save_total_limit=2,
+            eval_strategy="no" if valid is None else "steps", eval_steps=every, per_device_eval_batch_size=config.batch_size,
             load_best_model_at_end=config.patience is not None, metric_for_best_model=None if valid is None else "eval_loss",
             report_to=["tensorboard"] if output_dir and find_spec("tensorboard") else [], logging_steps=10, seed=config.seed,
             remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, dataloader_pin_memory=False)
         trainer = RewardTrainer(
             model=adapted, args=arguments, train_dataset=pairs, eval_dataset=held_out, batch_sampler=sampler, config=config, data_collator=collator,
             callbacks=callbacks, compute_metrics=lambda said: {"accuracy": reward_accuracy(torch.tensor(said.predictions), torch.tensor(said.label_ids))},
-            optimizers=reward_optimizer(adapted, config, n_steps=math.ceil(len(sampler) / config.accumulation_steps) * config.n_epochs))
+            optimizers=reward_optimizer(adapted, config, n_steps))
         trainer.remove_callback(PrinterCallback) # the log is returned, not printed
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return adapted.eval(), [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -469,11 +484,12 @@ def evaluate_rewards(
     seed: int = 0, # of the interval
 ) -> tuple[dict[str, float | list[float]], Tensor]: # metrics, null where all are ties; and the margins, (B,) float
     "Accuracy with its interval and log-loss of a reward model, beside two guesses that need no model."
-    rows = comparisons.select_columns(["prompt", "response_a", "response_b", "winner"]).to_dict()
-    labels = torch.tensor([LABELS[winner] for winner in rows["winner"]])
-    conversations = [*zip(rows["prompt"], rows["response_a"]), *zip(rows["prompt"], rows["response_b"])]
-    place = {conversation: i for i, conversation in enumerate(dict.fromkeys(conversations))} # each is read once
-    scores = score_responses(model, tokenizer, *zip(*place))[[place[conversation] for conversation in conversations]]
+    if not len(comparisons): raise bad_argument("evaluate_rewards", "comparisons", "at least one", "none", "check what was dropped from the data")
+    rows, pairs = comparisons.select_columns(["prompt", "response_a", "response_b"]).to_dict(), tokenize_pairs(comparisons, tokenizer)
+    labels = torch.tensor(pairs["label"][:])
+    conversations = [tuple(ids) for side in "ab" for ids in pairs[f"input_ids_{side}"][:]]
+    place = {ids: i for i, ids in enumerate(dict.fromkeys(conversations))} # each is read once
+    scores = score_ids(model, list(place), tokenizer.pad_token_id)[[place[ids] for ids in conversations]]
     margins = scores[:len(labels)] - scores[len(labels):]
     longer = torch.tensor([float(len(a) - len(b)) for a, b in zip(rows["response_a"], rows["response_b"])])
     metrics = {"accuracy": reward_accuracy(margins, labels), "log_loss": reward_log_loss(margins, labels),
@@ -485,18 +501,19 @@ def evaluate_rewards(
 # %% ../nbs/04_reward_model.ipynb #4678e0a0
 def model_card(
     facts: Mapping[str, object], # name -> value; what is known of data and quality
+    library: str = "transformers", # that loads it: "peft" for an adapter
 ) -> str: # Markdown with the front matter of the Hub
     "A card for a reward model: data, numbers, limits."
     table = "\n".join(f"| {name} | {round(value, 4) if isinstance(value, float) else value} |" for name, value in facts.items())
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-classification
 tags: [reward-model, bradley-terry]
 ---
 
 # Reward model
 
-A sequence classifier with one output: the score of a response to a prompt, both written by the tokenizer's chat template. The difference of two scores is the log-odds that the first response is preferred.
+A sequence classifier with one output: the score of a response to a prompt, written by the tokenizer's chat template where it has one, else as prompt, empty line, response and end token. The difference of two scores is the log-odds that the first response is preferred.
 
 | | |
 |---|---|
@@ -508,15 +525,18 @@ responses like those it was trained on they can be wrong without a sign, and a p
 
 
 def save_reward_model(
-    model: PeftModel, # from `train_reward_model`; its adapters are merged and gone afterwards
+    model: PeftModel, # from `train_reward_model`; its adapters are merged and gone afterwards, unless its backbone is quantized
     tokenizer: PreTrainedTokenizerBase, # saved beside the merged model
     folder: str | Path, # gets the folders `adapter` and `merged`
     facts: Mapping[str, object] | None = None, # for the model card: data and numbers
-) -> PreTrainedModel: # the merged model
-    "Saves the adapter, and the merged model for `AutoModelForSequenceClassification`, each with a card."
+) -> PreTrainedModel | PeftModel: # the merged model; the model itself where it is quantized
+    "Saves the adapter, and the merged model for `AutoModelForSequenceClassification`, each with a card. Of a quantized model the adapter alone."
     model.save_pretrained(Path(folder) / "adapter")
+    if getattr(model.get_base_model(), "is_quantized", False): # merging would round the sum anew (lesson 03b): other scores
+        write_atomic(Path(folder) / "adapter" / "README.md", model_card(facts or {}, "peft"))
+        return model
     merged = model.merge_and_unload()
     merged.save_pretrained(Path(folder) / "merged")
     tokenizer.save_pretrained(Path(folder) / "merged")
-    for part in ("adapter", "merged"): write_atomic(Path(folder) / part / "README.md", model_card(facts or {}))
+    for part, library in (("adapter", "peft"), ("merged", "transformers")): write_atomic(Path(folder) / part / "README.md", model_card(facts or {}, library))
     return merged

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +24,28 @@ __all__ = ['shared_blocks', 'BlockSampler', 'LengthGroupedSampler', 'prompt_grou
 
 # %% ../nbs/02c_shared_batches.ipynb #0d6902d6
 def shared_blocks(
-    conversations_a: Sequence[tuple[str, str]],  # prompt and first response of each row
-    conversations_b: Sequence[tuple[str, str]],  # prompt and second response
+    conversations_a: Sequence[Hashable],  # what the first side of each row is: prompt and response, or token ids
+    conversations_b: Sequence[Hashable],  # the second side
     max_size: int = 28,  # rows of the longest block, at least 1, so that a batch has several prompts
 ) -> list[list[int]]:  # row numbers, each row in one block
-    """Runs of neighbouring rows, each sharing a response with an earlier row of its block; long ones cut."""
-    blocks: list[list[int]] = []
-    seen: set[tuple[str, str]] = set()
+    """Rows that are tied together by the responses they share, directly or through other rows; long blocks cut.
+
+    Blocks come in the order of their first rows, and rows within a block in the order given. Raises: ValueError for a size below 1.
+    """
+    if max_size < 1:
+        raise bad_argument("shared_blocks", "max_size", "at least 1", max_size, "raise it")
+    block_of: dict[Hashable, list[int]] = {}
     for row, both in enumerate(zip(conversations_a, conversations_b, strict=True)):
-        if row == 0 or seen.isdisjoint(both) or len(blocks[-1]) == max_size:
-            blocks.append([])
-            seen = set()
-        blocks[-1].append(row)
-        seen.update(both)
-    return blocks
+        known = [block_of[conversation] for conversation in both if conversation in block_of]
+        block = min(known, key=lambda rows: rows[0], default=[])
+        for other in known:
+            if other is not block:  # the row ties two blocks together
+                block.extend(other)
+                block_of.update({conversation: block for i in other for conversation in (conversations_a[i], conversations_b[i])})
+        block.append(row)
+        block_of.update(dict.fromkeys(both, block))
+    blocks = sorted({id(block): sorted(block) for block in block_of.values()}.values())
+    return [block[i : i + max_size] for block in blocks for i in range(0, len(block), max_size)]
 
 # %% ../nbs/02c_shared_batches.ipynb #ef3b7c05
 class BlockSampler(Sampler):
@@ -102,18 +110,9 @@ def prompt_groups(
     rows: Sequence[Mapping[str, Any]],  # rows of `tokenize_pairs`
 ) -> list[list[tuple[int, ...]]]:  # the different sequences, those that comparisons tie together in one group
     "Token ids of what a batch has to read. The sequences of one group answer the same prompt."
-    groups: list[list[tuple[int, ...]]] = []
-    group_of: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for row in rows:
-        both = [tuple(row["input_ids_a"]), tuple(row["input_ids_b"])]
-        group = next((group_of[ids] for ids in both if ids in group_of), None)
-        if group is None:
-            groups.append(group := [])
-        for ids in both:
-            if ids not in group_of:
-                group_of[ids] = group
-                group.append(ids)
-    return groups
+    both = [[tuple(row[column]) for row in rows] for column in ("input_ids_a", "input_ids_b")]
+    blocks = shared_blocks(*both, max_size=max(1, len(rows)))
+    return [list(dict.fromkeys(ids for i in block for ids in (both[0][i], both[1][i]))) for block in blocks]
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def common_prefix(
     A single sequence keeps nothing but its last token for itself.
     """
     longest_possible = min(map(len, sequences)) - 1
-    first, last = min(sequences), max(sequences)  # in alphabetical order: all others begin with what these two share
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # in alphabetical order: all others begin with what these two share
     return next((i for i in range(longest_possible) if first[i] != last[i]), longest_possible)
 
 # %% ../nbs/02c_shared_batches.ipynb #a45b53a1
@@ -196,7 +195,7 @@ def share_prefixes(
     `attention_mask` is True where attention is allowed, `last_tokens` the row and column of each sequence's last token, in the order
     given. A pad sees pads alone. Raises: ValueError for no sequences or an empty one.
     """
-    if not groups or not all(len(ids) for group in groups for ids in group):
+    if not groups or not all(groups) or not all(len(ids) for group in groups for ids in group):
         raise bad_argument("share_prefixes", "groups", "sequences of at least one token", "none, or an empty one", "drop it before batching")
     longest = max(len(ids) for group in groups for ids in group)
     rows, last_tokens = _fill_rows(groups, max(row_length, longest))

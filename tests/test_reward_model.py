@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, MistralConfig
 
@@ -20,11 +21,14 @@ from rlhf_course.reward_model import (
     RewardConfig,
     RewardTrainer,
     add_lora,
+    bradley_terry_loss,
     ensure_pad_token,
     evaluate_rewards,
     last_whole_checkpoint,
     new_reward_model,
     reads_packed_rows,
+    reward_batches,
+    save_reward_model,
     score_packed,
     score_responses,
     score_sequences,
@@ -179,7 +183,10 @@ def test_folders_without_checkpoints(tmp_path):
 def test_another_training_in_the_folder_is_refused(two_checkpoints):
     """Other numbers or other data in a folder: going on would mix two trainings."""
     model = new_reward_model(tiny_lm_folder(), TOKENIZER)
-    for data, config in ((comparisons(72), replace(SMALL, learning_rate=5e-4)), (comparisons(66), SMALL), (comparisons(72, seed=1), SMALL)):
+    flipped = comparisons(72).map(lambda row: {"winner": {"a": "b", "b": "a"}[row["winner"]]})
+    others = [(comparisons(72), replace(SMALL, learning_rate=5e-4), model), (comparisons(66), SMALL, model), (comparisons(72, seed=1), SMALL, model),
+              (flipped, SMALL, model), (comparisons(72), SMALL, new_reward_model(tiny_lm_folder(), TOKENIZER, seed=1))]  # fmt: skip
+    for data, config, model in others:
         with pytest.raises(ValueError, match="output_dir"):
             train_reward_model(model, TOKENIZER, data, config, two_checkpoints)
 
@@ -322,6 +329,42 @@ def test_score_does_not_depend_on_the_company(bits):
             assert_close(score_sequences(model, *pad_batch(sequences, 0, side)), alone, atol=atol, rtol=0)
         for row_length in (1, 100, 4000):
             assert_close(score_packed(model, share_prefixes([[ids] for ids in sequences], 0, row_length)), alone, atol=atol, rtol=0)
+
+
+def test_quantized_model_is_saved_as_an_adapter(tmp_path):
+    """Merging into 4 bits would round the sum: the adapter alone is saved, and gives the same scores on the same backbone."""
+    data = comparisons(24)
+    model, _ = train_reward_model(new_reward_model(tiny_lm_folder(), TOKENIZER, bits=4), TOKENIZER, data, SMALL)
+    before = score_responses(model, TOKENIZER, data["prompt"][:], data["response_a"][:])
+    assert save_reward_model(model, TOKENIZER, tmp_path) is model and not (tmp_path / "merged").exists()
+    again = PeftModel.from_pretrained(new_reward_model(tiny_lm_folder(), TOKENIZER, bits=4), tmp_path / "adapter")
+    assert_close(score_responses(again, TOKENIZER, data["prompt"][:], data["response_a"][:]), before, atol=1e-5, rtol=0)
+
+
+def test_dialogues_are_judged_as_they_are_trained_on(tmp_path):
+    """Comparisons with several turns: evaluation reads the same tokens as training does."""
+    plain = comparisons(12)
+    turns = [{"role": "user", "content": "tell me how"}, {"role": "assistant", "content": "good luck !"}]
+    data = plain.map(lambda row: {f"messages_{side}": [*turns, {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[f"response_{side}"]}] for side in "ab"})
+    model, log = train_reward_model(new_reward_model(tiny_lm_folder(), TOKENIZER), TOKENIZER, data, SMALL, tmp_path, data)
+    judged = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+    assert_close(judged, evaluate_rewards(model, TOKENIZER, data)[0]["log_loss"], atol=1e-5, rtol=1e-5)
+    assert abs(judged - evaluate_rewards(model, TOKENIZER, plain)[0]["log_loss"]) > 1e-4
+
+
+def test_order_of_the_rows_costs_nothing():
+    """Comparisons that share responses find each other wherever they stand."""
+    data = comparisons(280, k=8)
+    sizes = [sorted(map(len, reward_batches(rows, TOKENIZER, RewardConfig())[1].blocks)) for rows in (data, data.shuffle(seed=0))]
+    assert sizes[0] == sizes[1] and len(sizes[0]) == 10
+
+
+@pytest.mark.parametrize("shapes", [((3, 1), (3, 1), (3,)), ((3,), (4,), (3,)), ((3,), (3,), (3, 1))])
+def test_loss_refuses_shapes_that_would_broadcast(shapes):
+    """(B, 1) minus (B,) is (B, B): an error, not a wrong number."""
+    a, b, labels = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="squeeze"):
+        bradley_terry_loss(a, b, labels.long())
 
 
 def test_evaluation_is_the_plain_likelihood():
