@@ -1756,7 +1756,7 @@ def _slopes(scores, utilities, words, groups, centre=lambda x, groups: x - torch
     return float(ratio(found.get(0, torch.tensor(1.0)), found.get(1, torch.tensor(0.0))))
 
 
-_WORTH = Exercise("rlhf_course.reward_lab:worth_of_a_word", _worth_probes, (
+_WORTH = Exercise("rlhf_course.reward_model_lab:worth_of_a_word", _worth_probes, (
     ("You did not centre at all: the level of each prompt is taken for an effect.", lambda *a: _slopes(*a, centre=lambda x, groups: x)),
     ("You centred over all responses: subtract the mean within each prompt.", lambda *a: _slopes(*a, centre=lambda x, groups: x - x.mean())),
     ("You turned the ratio round: the slope on words over the slope on utility is wanted.", lambda *a: _slopes(*a, ratio=lambda u, w: u / w)),
