@@ -51,7 +51,7 @@ class Sizes:
     n_eval: int # responses to judge the policy by, before and after
 
 # %% ../nbs/92_pipeline.ipynb #ee886867
-ARENA = Sizes(n_comparisons=120_000, n_fresh=16_800, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
+ARENA = Sizes(n_comparisons=152_000, n_fresh=16_800, n_pretrain_steps=0, max_prompt_tokens=64, max_response_tokens=256,
               n_updates=14, max_new_tokens=48, n_eval=384)
 ARENA_FAST = replace(ARENA, n_comparisons=7_000, n_fresh=1_400, n_updates=6, n_eval=200)
 FILE = Sizes(n_comparisons=4_000, n_fresh=0, n_pretrain_steps=300, max_prompt_tokens=128, max_response_tokens=256,
