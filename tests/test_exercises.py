@@ -524,8 +524,14 @@ def test_right_on_all_probes_but_one_is_wrong():
 
             def almost(*args, exercise=exercise, lucky=lucky, calls=calls, **kwargs):
                 calls.append(1)
-                value = exercise.load()(*args, **kwargs)
-                return moved(value) if len(calls) - 1 == lucky * (1 + exercise.gradients) else value
+                spoilt = len(calls) - 1 == lucky * (1 + exercise.gradients)
+                try:
+                    value = exercise.load()(*args, **kwargs)
+                except ValueError:  # what is right on this probe is to refuse it
+                    if spoilt:
+                        return 0
+                    raise
+                return (0.5 if value != value else moved(value)) if spoilt and isinstance(value, float) else moved(value) if spoilt else value
 
             result = check(named(name, almost))
             assert not result.passed and f"wrong on 1 of {len(exercise.probes())} probes" in result.message
