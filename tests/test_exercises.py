@@ -10,6 +10,8 @@ import sys
 
 import numpy as np
 import pytest
+import right_answers_ppo
+import right_answers_rlhf
 import torch
 from conftest import ROOT, copy_tree
 from nbclient.exceptions import CellExecutionError
@@ -349,7 +351,8 @@ ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accurac
                "classifier_logits": classifier_logits_by_rows, "position_bias": position_bias_by_rows, "worth_of_a_word": worth_of_a_word_by_normal_equations,
                "common_prefix": common_prefix_by_slices, "length_groups": length_groups_by_shortest,
                "absmax_int8": absmax_int8_by_rows, "blockwise_absmax": blockwise_absmax_by_slices,
-               "nearest_level": nearest_level_by_distance, "bits_per_weight": bits_per_weight_by_totals}  # fmt: skip
+               "nearest_level": nearest_level_by_distance, "bits_per_weight": bits_per_weight_by_totals,
+               **right_answers_ppo.ANOTHER_WAY, **right_answers_rlhf.ANOTHER_WAY}  # fmt: skip
 
 
 # The bank.
