@@ -1,14 +1,15 @@
 """How long a batch of 64 pairs of 256 tokens takes to collate, beside transformers' DataCollatorWithPadding.
 
-    python benchmarks/collating.py
+    python benchmarks/collating.py [--record]
 
 Each row is the median of seven rounds in milliseconds, with the rounds of all rows interleaved and one thread; a round
 is the best of ten calls. The rows of a batch hold their token ids as lists, which is what a data set gives, or as numpy
 arrays. The aim is about 1 ms for either. DataCollatorWithPadding gets the same 128 sequences with their masks, as it
 makes a mask only where there is none. Lengths are all 256, or drawn from 64 to 256. The last two rows are what else a
-flat array can be filled with.
+flat array can be filled with. `--record` keeps the numbers in results/collating.json.
 """
 
+import argparse
 import itertools
 import os
 import statistics
@@ -19,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from records import keep
 from transformers import DataCollatorWithPadding
 
 from rlhf_course.padding import PairCollator
@@ -45,6 +47,9 @@ def as_features(rows: list[dict]) -> list[dict]:
 
 def main() -> None:
     """Print one row a way to collate."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="keep the numbers")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = load_tiny_lm()[1]
     tokenizer.padding_side = "right"
@@ -73,8 +78,11 @@ def main() -> None:
                 collate()
                 calls.append(1000 * (time.perf_counter() - start))
             times[name].append(min(calls))
-    for name, values in times.items():
-        print(f"{name:48} {statistics.median(values[1:]):7.2f} ms")  # the first round warms up
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    for name, value in medians.items():
+        print(f"{name:48} {value:7.2f} ms")
+    if options.record:
+        keep("collating", {"rounds": ROUNDS, "calls": CALLS, "pairs": PAIRS, "longest": LONGEST}, {"milliseconds": medians})
 
 
 if __name__ == "__main__":

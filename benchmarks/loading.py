@@ -1,11 +1,12 @@
 """How long 100,000 comparisons of 200 words in all take from a file to token ids, part by part, and how much memory that needs.
 
-    python benchmarks/loading.py [--rows 100000]
+    python benchmarks/loading.py [--rows 100000] [--record]
 
 The file is JSON Lines; loading includes the checks. Tokens come from a byte-level BPE trained on the first rows, with a chat template.
+They are counted, as `filter_long` needs it, and the ids found there are kept for making pairs, so that each text is tokenized once.
 Generating the file and training the tokenizer are not counted in the seconds. Memory is the peak of the process that loads
-and tokenizes, with its libraries. The aims are 60 s and 2 GB on two cores for loading, validating and tokenizing. Counting tokens, which
-`filter_long` needs, reads every text once more and is shown beside them.
+and tokenizes, with its libraries. The aims are 60 s and 2 GB on two cores for loading, validating, counting and tokenizing. Beside them
+stands what the tokenizer alone takes for the same texts, nothing kept: less is not possible. `--record` keeps the numbers in results/loading.json.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from records import keep
+
 WORDS = {"prompt": 40, "response_a": 80, "response_b": 80}  # words of each text, 200 in all
 N_WORDS = 20_000  # different words, drawn with Zipf's frequencies
 
@@ -53,7 +57,7 @@ def peak_megabytes() -> float:
 
 
 def measure(path: Path, n_rows: int, answers: multiprocessing.Queue) -> None:
-    """Load, count tokens and tokenize, and say how long each took and how much memory all of it."""
+    """Load, count tokens, tokenize, and say how long each took and how much memory all of it."""
     import datasets
 
     from rlhf_course.loading import load_comparisons
@@ -75,10 +79,14 @@ def measure(path: Path, n_rows: int, answers: multiprocessing.Queue) -> None:
     assert report.n_kept == n_rows
     texts = [comparisons[i][column] for i in range(min(2000, n_rows)) for column in WORDS]
     tokenizer = train_bpe_tokenizer(texts)
-    pairs = timed("tokenize pairs", lambda: tokenize_pairs(comparisons, tokenizer))
+    known = {}
+    counted = timed("count tokens", lambda: count_tokens(comparisons, tokenizer, known))
+    pairs = timed("tokenize pairs", lambda: tokenize_pairs(counted, tokenizer, known=known))
     assert len(pairs) == n_rows
     seconds["all"], peaks["all"] = tuple(map(sum, zip(*seconds.values()))), max(peaks.values())
-    counted = timed("count tokens", lambda: count_tokens(comparisons, tokenizer))
+    texts, alone = list(known), tokenizer.backend_tokenizer
+    parts = [texts[i : i + 1000] for i in range(0, len(texts), 1000)]
+    timed("tokenizer alone", lambda: [len(alone.encode_batch_fast(part, add_special_tokens=False)) for part in parts])
     answers.put((seconds, peaks, sum(counted["n_tokens_a"]) / n_rows))
 
 
@@ -86,7 +94,9 @@ def main() -> None:
     """Print one row a part, and what all of it comes to."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=100_000, help="how many comparisons")
-    n_rows = parser.parse_args().rows
+    parser.add_argument("--record", action="store_true", help="keep the numbers")
+    options = parser.parse_args()
+    n_rows = options.rows
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "comparisons.jsonl"
         write_file(path, n_rows)
@@ -102,6 +112,10 @@ def main() -> None:
     print(f"{'libraries alone':52} peak        {peaks['libraries']:6.0f} MB")
     for what, value, aim, unit in (("time", seconds["all"][0], 60, "s"), ("memory", peaks["all"], 2000, "MB")):
         print(f"{what}: {value:.0f} {unit}, {'within' if value <= aim else 'OVER'} the aim of {aim} {unit}")
+    if options.record:
+        keep("loading", {"rows": n_rows, "words": WORDS, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()},
+             {"seconds": {name: wall for name, (wall, _) in seconds.items()}, "cpu_seconds": {name: cpu for name, (_, cpu) in seconds.items()},
+              "peak_megabytes": peaks["all"], "libraries_megabytes": peaks["libraries"], "tokens_a_response": n_tokens})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Quantize and dequantize a 4096 x 4096 matrix in NF4, ours beside bitsandbytes on the CPU.
 
-    python benchmarks/quantizing.py
+    python benchmarks/quantizing.py [--record]
 
 Both take turns, with one thread, seven times after a first round that is not counted. The aim is a median of at most three times the library's.
 Prints the medians and their ratio; the exit status is 1 where the aim is missed, or where the two do not give the same values.
+`--record` keeps the numbers in results/quantizing.json.
 """
 
+import argparse
 import os
 import statistics
 import sys
@@ -15,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import bitsandbytes.functional as library
 import torch
+from records import keep
 
 from rlhf_course.quantization import dequantize, quantize
 
@@ -41,6 +44,9 @@ def theirs(weight: torch.Tensor) -> tuple[torch.Tensor, float, float]:
 
 def main() -> int:
     """Print medians and ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--record", action="store_true", help="keep the numbers")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     weight = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     times = {"rlhf_course": [], "bitsandbytes": []}
@@ -55,6 +61,8 @@ def main() -> int:
     ratio = totals["rlhf_course"] / totals["bitsandbytes"]
     same = torch.equal(mine, other)
     print(f"ratio {ratio:.2f} (aim: at most {AIM:g}); values {'equal' if same else 'DIFFERENT'}")
+    if options.record:
+        keep("quantizing", {"repeats": REPEATS, "side": SIDE, "aim": AIM}, {"seconds": totals, "ratio": ratio, "values_equal": same})
     return 0 if same and ratio <= AIM else 1
 
 

@@ -461,6 +461,48 @@ _LOW_RANK_UPDATE = Exercise("rlhf_course.lora:low_rank_update", _low_rank_probes
 ))
 
 
+def _merge_probes() -> list[Call]:
+    "Wide, tall and square weights, kept either way round, and a change that is taken away."
+    draw = torch.Generator().manual_seed(0)
+    parts = lambda d_out, d_in, r: (torch.randn(d_out, d_in, generator=draw), torch.randn(r, d_in, generator=draw), torch.randn(d_out, r, generator=draw))
+    turned = lambda weight, A, B: (weight.T.contiguous(), A, B)
+    return [call(*parts(4, 6, 2), 2.0), call(*parts(6, 3, 1), 0.5), call(*parts(5, 5, 3), 1.5), call(*parts(5, 5, 5), -1.5), call(*turned(*parts(4, 6, 2)), 2.0, True),
+            call(*turned(*parts(7, 3, 3)), -0.25, transposed=True), call(*turned(*parts(4, 4, 2)), 3.0, transposed=True)]
+
+
+def _plus(weight, change, transposed):
+    "The weight with a change, whichever way round it is kept."
+    return weight + (change.T if transposed else change)
+
+
+_MERGED_WEIGHT = Exercise("rlhf_course.lora:merged_weight", _merge_probes, (
+    ("You left out the scale: what the layer adds while it trains is scale times B A, so that is what belongs in the weight.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, B @ A, transposed)),
+    ("You ignored transposed: with it the weight is (d_in, d_out), so the change has to be turned round.",
+     lambda weight, A, B, scale, transposed=False: weight + scale * (B @ A)),
+    ("You turned the change round in every case: only a weight that is kept transposed needs it.",
+     lambda weight, A, B, scale, transposed=False: weight + scale * (B @ A).T),
+    ("You have transposed the wrong way round: True means that the weight is (d_in, d_out).",
+     lambda weight, A, B, scale, transposed=False: weight + scale * ((B @ A) if transposed else (B @ A).T)),
+    ("You divided by r again: the scale is alpha / r already.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, scale / len(A) * (B @ A), transposed)),
+    ("You subtracted the change: merging adds it; a negative scale takes it away.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, -scale * (B @ A), transposed)),
+    ("You took the absolute value of the scale: a negative one takes the change away.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, abs(scale) * (B @ A), transposed)),
+    ("You returned the change alone: it is added to the weight.",
+     lambda weight, A, B, scale, transposed=False: _plus(torch.zeros_like(weight), scale * (B @ A), transposed)),
+    ("You scaled the weight too: only B A is multiplied by the scale.",
+     lambda weight, A, B, scale, transposed=False: scale * _plus(weight, B @ A, transposed)),
+    ("You put the scale on both A and B, so it counts twice.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, (scale * B) @ (scale * A), transposed)),
+    ("You multiplied in the wrong order: A B is r x r or does not exist; B A is d_out x d_in.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, scale * (A @ B), transposed)),
+    ("You returned the weight turned round: the result is kept as the weight was.",
+     lambda weight, A, B, scale, transposed=False: _plus(weight, scale * (B @ A), transposed).T),
+))
+
+
 def _count_probes() -> list[Call]:
     "Square, wide and tall matrices, several at once, none."
     return [call([(4096, 4096)], 8), call([(1024, 4096), (4096, 1024), (14336, 4096)], 16), call([(3, 5)], 1), call([(5, 3)] * 4, r=2),
@@ -1738,7 +1780,7 @@ _WORTH = Exercise("rlhf_course.reward_model_lab:worth_of_a_word", _worth_probes,
 # %% ../nbs/93_exercise_bank.ipynb #a0413c78
 EXERCISES = {exercise.name: exercise
              for exercise in (_RAO_KUPPER, _BAYES_ACCURACY, _BAYES_LOG_LOSS, _TOKEN_LOGPROBS, _POSITION_IDS,
-                              _LOW_RANK_UPDATE, _LORA_PARAMETER_COUNT, _BEST_LOW_RANK, _BINOMIAL_INTERVAL, _SELF_AGREEMENT,
+                              _LOW_RANK_UPDATE, _LORA_PARAMETER_COUNT, _MERGED_WEIGHT, _BEST_LOW_RANK, _BINOMIAL_INTERVAL, _SELF_AGREEMENT,
                               _SHARED_PROMPT, _SPLIT_TRANSCRIPT,
                               _BT_LOG_LIKELIHOOD, _BT_GRADIENT, _LONGER_WINS, _PROMPT_FOLDS,
                               _PAD_BATCH, _PADDING_FRACTION, _OPTIMAL_SIZES, _TOKEN_BUDGET_BATCHES, _LAYER_ACTIVATIONS,

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from .checks import bad_argument, write_atomic
 
 # %% auto #0
-__all__ = ['low_rank_update', 'lora_parameter_count', 'linear_shapes', 'LoRALinear', 'lora_layers', 'inject_lora', 'save_lora',
-           'load_lora', 'best_low_rank', 'tail_error']
+__all__ = ['low_rank_update', 'lora_parameter_count', 'linear_shapes', 'merged_weight', 'LoRALinear', 'lora_layers',
+           'inject_lora', 'save_lora', 'load_lora', 'best_low_rank', 'tail_error']
 
 # %% ../nbs/03a_lora.ipynb #05038aec
 def low_rank_update(
@@ -69,6 +69,18 @@ def _matrix_shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     "(d_out, d_in) of a linear layer, whichever way round it keeps its weight."
     shape = tuple(layer.weight.shape)
     return shape[::-1] if isinstance(layer, Conv1D) else shape
+
+# %% ../nbs/03a_lora.ipynb #f87679cc
+def merged_weight(
+    weight: Tensor, # of a layer, (d_out, d_in) float, or (d_in, d_out) where transposed
+    A: Tensor, # from the input to r numbers, (r, d_in) float
+    B: Tensor, # from r numbers to the output, (d_out, r) float
+    scale: float, # what the product is multiplied by: alpha / r, or its negative to take the change away
+    transposed: bool = False, # whether the weight is kept as (d_in, d_out)
+) -> Tensor: # the weight with the change in it, in the shape of `weight`
+    "The weight of a layer after its adapter has been merged into it."
+    change = scale * (B @ A)
+    return weight + (change.T if transposed else change)
 
 # %% ../nbs/03a_lora.ipynb #9c4227b4
 class LoRALinear(nn.Module):
@@ -126,8 +138,7 @@ class LoRALinear(nn.Module):
         if self.merged == merged:
             state = "merged" if merged else "not merged"
             raise ValueError(f"LoRALinear: the adapter is already {state}; merging twice would add the change twice")
-        change = sign * self.change()
-        self.base.weight += change.T if isinstance(self.base, Conv1D) else change
+        self.base.weight.copy_(merged_weight(self.base.weight, self.lora_A, self.lora_B, sign * self.scale, isinstance(self.base, Conv1D)))
         self.merged = merged
 
 # %% ../nbs/03a_lora.ipynb #b4dae0c3

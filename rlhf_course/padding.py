@@ -21,6 +21,7 @@ from torch import Tensor
 from .checks import bad_argument
 from .loading import shared_prompt
 from .plots import figure_with_sliders, new_figure
+from .preferences import tokenize_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -136,26 +137,51 @@ def _frame(render: Callable[..., str], n_texts: int, tokenizer: Any) -> list[np.
 class _Encoder:
     "Token ids of many conversations; each distinct text, or conversation where texts cannot be joined, is tokenized once."
 
-    def __init__(self, encode: Callable[[list], list[list[int]]], frame: list[np.ndarray] | None, tokenizer: Any):
+    def __init__(self, encode: Callable[[list], list[list[int]]], frame: list[np.ndarray] | None, tokenizer: Any, known: dict[str, np.ndarray] | None):
         self.encode, self.frame, self.tokenizer = encode, frame, tokenizer
-        self.known: dict[Any, np.ndarray] = {}  # 4 bytes a token of all distinct texts
+        self.texts: dict[str, np.ndarray] = {} if known is None else known  # 4 bytes a token of all distinct texts
+        self.whole: dict[tuple, np.ndarray] = {}  # conversations that were not joined
+        self.borders: set[tuple] = set()  # where texts were seen to be joined rightly
 
-    def learn(self, keys: list, encode: Callable[[list], list[list[int]]]) -> None:
-        "Tokenizes the keys that are not known yet."
-        if new := [key for key in dict.fromkeys(keys) if key not in self.known]:
-            self.known |= {key: np.array(ids, dtype=np.int32) for key, ids in zip(new, encode(new), strict=True)}
+    def __getstate__(self) -> dict[str, Any]:  # what `datasets` fingerprints: what is known already changes no result
+        return vars(self) | {"texts": {}, "whole": {}, "borders": set()}
 
-    def __call__(self, conversations: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    def learn(self, keys: Sequence[tuple], join: bool) -> None:
+        "Tokenizes the texts of these conversations, or the conversations, where they are not known yet."
+        if join:
+            for _ in tokenize_texts((text for key in keys for text in key), self.tokenizer, self.texts):
+                pass
+        elif new := [key for key in dict.fromkeys(keys) if key not in self.whole]:
+            self.whole |= {key: np.array(ids, dtype=np.int32) for key, ids in zip(new, self.encode(new), strict=True)}
+
+    def pieces(self, key: tuple) -> list[np.ndarray]:
+        "Ids of the parts of a conversation whose texts are known."
+        first, *others = self.frame
+        return [first, *(part for text, after in zip(key, others) for part in (self.texts[text], after))]
+
+    def joinable(self, keys: Sequence[tuple]) -> list[bool]:
+        "Which conversations are texts, and no turns, between borders that have been tried; new borders are tried first."
+        if self.frame is None:
+            return [False] * len(keys)
+        borders = [{(i, part) for i, text in enumerate(key) for part in ((text[:2], "begins"), (text[-2:], "ends"))} if isinstance(key[0], str) else None
+                   for key in keys]
+        trials, tried = {}, set(self.borders)
+        for key, found in zip(keys, borders):
+            if found and not found <= tried:
+                trials[key] = found
+                tried |= found
+        self.learn([*trials], join=True)
+        self.learn([*trials], join=False)
+        self.borders.update(*(found for key, found in trials.items() if np.array_equal(np.concatenate(self.pieces(key)), self.whole[key])))
+        return [found is not None and found <= self.borders for found in borders]
+
+    def __call__(self, keys: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
         "All ids one after another, (sum of lengths,) int32, and the length of each conversation, (B,)."
-        joins = [self.frame is not None and isinstance(key[0], str) for key in conversations]  # of texts, not of turns
-        self.learn([text for join, texts in zip(joins, conversations) if join for text in texts],
-                   lambda texts: self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-        self.learn([key for join, key in zip(joins, conversations) if not join], self.encode)
-        known, (first, *others) = self.known, self.frame or [None]
-        parts = [[first, *(part for text, after in zip(key, others) for part in (known[text], after))] if join else [known[key]]
-                 for join, key in zip(joins, conversations)]
-        lengths = np.array([sum(map(len, pieces)) for pieces in parts])
-        return np.concatenate([piece for pieces in parts for piece in pieces]), lengths
+        joins = self.joinable(keys)
+        self.learn([key for join, key in zip(joins, keys) if join], join=True)
+        self.learn([key for join, key in zip(joins, keys) if not join], join=False)
+        parts = [self.pieces(key) if join else [self.whole[key]] for join, key in zip(joins, keys)]
+        return np.concatenate([piece for pieces in parts for piece in pieces]), np.array([sum(map(len, pieces)) for pieces in parts])
 
 # %% ../nbs/02_padding.ipynb #a6186d40
 def _one_turn(prompt: str, response: str) -> list[dict[str, str]]:
@@ -216,6 +242,7 @@ def tokenize_pairs(
     tokenizer: Any,  # a transformers tokenizer, with or without a chat template
     *,
     max_length: int | None = None,  # most tokens in a sequence; None for no limit
+    known: dict[str, np.ndarray] | None = None,  # token ids of texts from an earlier step, as in `tokenize_texts`; what is new is added
 ) -> Dataset:  # PAIR_COLUMNS: token ids and masks (lists, not padded), and label (0 a won, 1 b won, 2 tie)
     """Comparisons as token ids: for each response one sequence, the conversation of the prompt and that response.
 
@@ -225,7 +252,7 @@ def tokenize_pairs(
     frame = None
     if tokenizer.chat_template:
         frame = _frame(lambda *texts: tokenizer.apply_chat_template(_one_turn(*texts), tokenize=False), 2, tokenizer)
-    encoder = _Encoder(lambda keys: _encode_keys(keys, tokenizer), frame, tokenizer)
+    encoder = _Encoder(lambda keys: _encode_keys(keys, tokenizer), frame, tokenizer, known)
 
     def tokenize(table: pa.Table, indices: list[int]) -> pa.Table:
         columns, prompts = {}, table["prompt"].to_pylist()
@@ -259,6 +286,7 @@ def tokenize_both(
     tokenizer: Any,  # a transformers tokenizer, with or without a chat template
     *,
     max_length: int | None = None,  # most tokens in a sequence; None for no limit
+    known: dict[str, np.ndarray] | None = None,  # token ids of texts from an earlier step, as in `tokenize_texts`; what is new is added
     form: str = BOTH_FORM,  # text of the user turn, with {prompt}, {response_a} and {response_b} in this order
 ) -> Dataset:  # BOTH_COLUMNS: token ids and mask (lists, not padded), and label (0 a won, 1 b won, 2 tie)
     """Comparisons as one sequence each: a user turn with the prompt and both responses, and the start of the assistant's answer.
@@ -282,7 +310,7 @@ def tokenize_both(
             return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return _with_end(tokenizer(texts, verbose=False)["input_ids"], tokenizer)
 
-    encoder = _Encoder(encode, _frame(write, 3, tokenizer) if tokenizer.chat_template else None, tokenizer)
+    encoder = _Encoder(encode, _frame(write, 3, tokenizer) if tokenizer.chat_template else None, tokenizer, known)
 
     def tokenize(table: pa.Table, indices: list[int]) -> pa.Table:
         ids, lengths = encoder(_both_texts(table))

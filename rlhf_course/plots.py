@@ -265,7 +265,7 @@ def figure_with_sliders(
     controls = {name: ipywidgets.Dropdown(options=list(values)) if isinstance(values[0], str) else
                 ipywidgets.SelectionSlider(options=list(values), continuous_update=False) for name, values in knobs.items()}
     for name, control in controls.items(): control.value, control.description = start[name], name.replace("_", " ")
-    picture = ipywidgets.Image(format="png")
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%")) # as large as it is, not as the page
 
     def redraw(change: object = None) -> None:
         picture.value = figure_to_png(draw(**{name: control.value for name, control in controls.items()}))

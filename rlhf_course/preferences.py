@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ELO_SCALE', 'NEAR', 'TOKEN_COUNTS', 'win_probabilities', 'count_wins', 'bradley_terry_log_likelihood',
            'bradley_terry_gradient', 'fit_bradley_terry', 'Standing', 'leaderboard', 'Rate', 'rate_of',
-           'count_longer_wins', 'count_agreements', 'bag_overlap', 'shared_prefix', 'Description', 'describe',
-           'shuffle_sides', 'count_tokens', 'filter_long', 'split_by_prompt', 'prompt_folds', 'sort_longest_first']
+           'count_longer_wins', 'count_agreements', 'bag_overlap', 'shared_prefix', 'tokenize_texts', 'Description',
+           'describe', 'shuffle_sides', 'count_tokens', 'filter_long', 'split_by_prompt', 'prompt_folds',
+           'sort_longest_first']
 
 # %% ../nbs/01_preferences.ipynb #beb36c81
 def win_probabilities(
@@ -296,6 +297,37 @@ def shared_prefix(
     "The length of the common beginning of two texts."
     return next((i for i, (x, y) in enumerate(zip(one, other)) if x != y), min(len(one), len(other)))
 
+# %% ../nbs/01_preferences.ipynb #232ac0cf
+def _token_ids(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    "Token ids of texts, special tokens not added; an array takes an eighth of the memory of a list."
+    found = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [np.array(ids, dtype=np.int32) for ids in found]
+
+
+def tokenize_texts(
+    texts: Iterable[str],  # any number, with repetitions
+    tokenizer: Any,  # a transformers tokenizer
+    known: dict[str, np.ndarray] | None = None,  # text -> token ids, as the same tokenizer gave them before; what is new is added
+    progress: str | None = None,  # what a progress bar says; None for no bar
+) -> Iterator[tuple[str, np.ndarray]]:  # text and token ids (n,) int32, without special tokens
+    """Each different text once, with its token ids; a text that is in `known` is not tokenized again.
+
+    Raises: ValueError where the tokenizer gives other ids for a text of `known`: one is tried at each call.
+    """
+    from datasets.utils import tqdm
+
+    keep, known, texts = known is not None, {} if known is None else known, list(dict.fromkeys(texts))
+    old, new = [text for text in texts if text in known], [text for text in texts if text not in known]
+    if old and not np.array_equal(_token_ids(old[:1], tokenizer)[0], known[old[0]]):
+        raise bad_argument("tokenize_texts", "known", "ids that this tokenizer gave", f"others for {old[0][:40]!r}", "start with {} for each tokenizer")
+    yield from ((text, known[text]) for text in old)
+    for start in tqdm(range(0, len(new), 1000), desc=progress, disable=progress is None):
+        part = new[start : start + 1000]
+        ids = dict(zip(part, _token_ids(part, tokenizer)))
+        if keep:
+            known.update(ids)
+        yield from ids.items()
+
 # %% ../nbs/01_preferences.ipynb #7c244df2
 @dataclass(frozen=True, repr=False)
 class Description:
@@ -338,18 +370,6 @@ class Description:
 NEAR = 0.9  # bag overlap from which two responses count as near-identical
 
 
-def _reader(texts: set[str], tokenizer: Any) -> Callable[[str], list]:
-    "What turns one of `texts` into its words, or into its token ids where there is a tokenizer; each text is tokenized once."
-    if tokenizer is None:
-        return str.split
-    ordered, ids = list(texts), {}
-    for start in range(0, len(ordered), 1000):
-        part = ordered[start : start + 1000]
-        found = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        ids |= {text: np.array(i, dtype=np.int32) for text, i in zip(part, found)}  # an eighth of the memory of a list
-    return lambda text: ids[text].tolist()
-
-
 def _near(one: list, other: list) -> bool:
     "Whether two texts overlap to `NEAR` or more; most pairs are told by their lengths."
     short, long = sorted((len(one), len(other)))
@@ -361,6 +381,7 @@ def describe(
     tokenizer: Any = None,  # a transformers tokenizer, to count in tokens; None: words between white space
     *,
     max_length: int = 512,  # where responses will be cut, in words or tokens, at least 1
+    known: dict[str, np.ndarray] | None = None,  # token ids from an earlier step, as in `tokenize_texts`
 ) -> Description:  # prints as a table; holds lengths for figures
     """What a set of comparisons looks like: lengths, winners, habits of the judges, agreement, pairs that hardly differ.
 
@@ -372,9 +393,10 @@ def describe(
     if not winners:
         raise bad_argument("describe", "comparisons", "at least one row", "none", "look at the last filter's report")
     prompts, a, b = (_column(comparisons, c, "describe", "text", lambda text: isinstance(text, str)) for c in COLUMNS[:3])
-    read, n_near, shared, n_units = _reader({*prompts, *a, *b}, tokenizer), 0, [], []
+    ids = {} if tokenizer is None else dict(tokenize_texts((*prompts, *a, *b), tokenizer, known))
+    n_near, shared, n_units = 0, [], []
     for texts in zip(prompts, a, b):
-        prompt, one, other = map(read, texts)
+        prompt, one, other = (text.split() if tokenizer is None else ids[text].tolist() for text in texts)
         n_units.append((len(prompt), len(one), len(other)))
         shared.append(shared_prefix(one, other))
         n_near += _near(one, other)
@@ -409,6 +431,7 @@ TOKEN_COUNTS = ("n_tokens_prompt", "n_tokens_a", "n_tokens_b")  # columns with t
 def count_tokens(
     comparisons: Dataset,  # comparisons in the one schema, at least one
     tokenizer: Any,  # a transformers tokenizer
+    known: dict[str, np.ndarray] | None = None,  # token ids of texts, used and added to, as in `tokenize_texts`; None keeps the counts alone
 ) -> Dataset:  # the same rows, with the columns TOKEN_COUNTS
     """Comparisons with the length of each text in tokens, special tokens not counted.
 
@@ -419,13 +442,9 @@ def count_tokens(
     if len(comparisons) == 0:
         raise bad_argument("count_tokens", "comparisons", "at least one row", "none", "look at the last filter's report")
 
-    def count(batch: dict[str, list[str]]) -> dict[str, list[int]]:
-        ids = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return {"n_tokens": [len(i) for i in ids]}
-
     columns = {name: comparisons[text][:] for name, text in zip(TOKEN_COUNTS, COLUMNS)}
-    texts = Dataset.from_dict({"text": list(dict.fromkeys(t for column in columns.values() for t in column))})
-    n_tokens = dict(zip(texts["text"][:], texts.map(count, batched=True, desc="Counting tokens")["n_tokens"][:]))
+    texts = (text for column in columns.values() for text in column)
+    n_tokens = {text: len(ids) for text, ids in tokenize_texts(texts, tokenizer, known, progress="Counting tokens")}
     table = comparisons.with_format("arrow")[:]  # in Arrow: `Dataset.add_column` would copy a selection row by row
     table = table.drop_columns([name for name in TOKEN_COUNTS if name in table.column_names])
     for name, column in columns.items():
@@ -433,13 +452,13 @@ def count_tokens(
     return Dataset(table.combine_chunks())  # a selection arrives in one chunk a row, which all later steps would pay for
 
 # %% ../nbs/01_preferences.ipynb #198b0a65
-def _counted(comparisons: Dataset, tokenizer: Any, function: str) -> Dataset:
+def _counted(comparisons: Dataset, tokenizer: Any, function: str, known: dict[str, np.ndarray] | None) -> Dataset:
     "Comparisons with token counts, counting only where that has not been done."
     if "n_tokens_a" in comparisons.column_names:
         return comparisons
     if tokenizer is None:
         raise bad_argument(function, "tokenizer", "given", None, "pass a tokenizer, or call count_tokens first")
-    return count_tokens(comparisons, tokenizer)
+    return count_tokens(comparisons, tokenizer, known)
 
 
 def filter_long(
@@ -448,6 +467,7 @@ def filter_long(
     *,
     max_prompt_tokens: int,  # longest prompt to keep, in tokens, at least 1
     max_response_tokens: int,  # longest response to keep, in tokens, at least 1
+    known: dict[str, np.ndarray] | None = None,  # token ids of texts, used and added to, as in `tokenize_texts`
 ) -> tuple[Dataset, LoadReport]:  # the rows within both limits, with their token counts, and what was dropped
     """Comparisons whose prompt and both responses are short enough.
 
@@ -456,7 +476,7 @@ def filter_long(
     for name, limit in {"max_prompt_tokens": max_prompt_tokens, "max_response_tokens": max_response_tokens}.items():
         if limit < 1:
             raise bad_argument("filter_long", name, "at least 1 token", limit, "raise it")
-    counted = _counted(comparisons, tokenizer, "filter_long")
+    counted = _counted(comparisons, tokenizer, "filter_long", known)
     columns = counted.select_columns(list(TOKEN_COUNTS)).to_dict()
     kept, dropped = [], {}
     for i, (prompt, a, b) in enumerate(zip(*columns.values())):
@@ -510,12 +530,13 @@ def prompt_folds(
 def sort_longest_first(
     comparisons: Dataset,  # validation comparisons; training data must stay shuffled
     tokenizer: Any = None,  # a transformers tokenizer; not needed where tokens have been counted before
+    known: dict[str, np.ndarray] | None = None,  # token ids of texts, used and added to, as in `tokenize_texts`
 ) -> Dataset:  # the same rows, with token counts, from the longest pair to the shortest; equal lengths keep their order
     """Comparisons sorted by the tokens of the prompt and the longer response, longest first.
 
     Raises: ValueError when token counts are missing and there is no tokenizer.
     """
-    counted = _counted(comparisons, tokenizer, "sort_longest_first")
+    counted = _counted(comparisons, tokenizer, "sort_longest_first", known)
     columns = counted.select_columns(list(TOKEN_COUNTS)).to_dict()
     prompt, a, b = (np.array(column) for column in columns.values())
     return counted.select(np.argsort(-(prompt + np.maximum(a, b)), kind="stable"))

@@ -359,8 +359,10 @@ class MemoryPlan:
     ) -> Figure: # a bar for each part, and for all
         "The plan as a bar chart, with the device's memory as a line."
         answer = "fits" if self.fits(gigabytes) else "does not fit"
-        return bars(f"{self.model}: {self.total / 1e9:.1f} GB, {answer} in {gigabytes:g} GB", "part", "memory (GB)",
-                    {name.replace(" ", "\n"): size / 1e9 for name, size in [*self.parts.items(), ("total", self.total)]}, limit=gigabytes)
+        fig = bars(f"{self.model}: {self.total / 1e9:.1f} GB, {answer} in {gigabytes:g} GB", "part", "memory (GB)",
+                   {name.replace(" ", "\n"): size / 1e9 for name, size in [*self.parts.items(), ("total", self.total)]}, limit=gigabytes)
+        fig.set_size_inches(6.5, 3) # room for six names
+        return fig
 
 
 def memory_plan(

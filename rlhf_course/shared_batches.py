@@ -189,6 +189,7 @@ def share_prefixes(
     groups: Sequence[Sequence[Sequence[int]]],  # token ids of sequences; those of one group begin alike
     pad_token_id: int,  # fills up the rows
     row_length: int = 192,  # places of a row, at least 1; a longer sequence makes all rows as long as itself
+    pad_to_multiple_of: int | None = None,  # round the width of the rows up to a multiple of this
 ) -> dict[str, Tensor]:  # input_ids, position_ids (R, T) long; attention_mask (R, 1, T, T) bool; last_tokens (S, 2) long
     """Packed rows in which the sequences of a group stand behind one copy of what all of them begin with.
 
@@ -199,25 +200,32 @@ def share_prefixes(
         raise bad_argument("share_prefixes", "groups", "sequences of at least one token", "none, or an empty one", "drop it before batching")
     longest = max(len(ids) for group in groups for ids in group)
     rows, last_tokens = _fill_rows(groups, max(row_length, longest))
-    branch, trunk = (pad_batch([getattr(row, name) for row in rows], 0)[0] for name in ("branch", "trunk"))
+    rectangle = lambda name, fill: pad_batch([getattr(row, name) for row in rows], fill, "right", pad_to_multiple_of)[0]
+    branch, trunk = rectangle("branch", 0), rectangle("trunk", 0)
     own, prompt = branch[:, None, :] == branch[:, :, None], branch[:, None, :] == trunk[:, :, None]
-    return {"input_ids": pad_batch([row.input_ids for row in rows], pad_token_id)[0],
-            "position_ids": pad_batch([row.position_ids for row in rows], 0)[0],
+    return {"input_ids": rectangle("input_ids", pad_token_id), "position_ids": rectangle("position_ids", 0),
             "attention_mask": torch.tril(own | prompt)[:, None], "last_tokens": torch.tensor(last_tokens)}
 
 # %% ../nbs/02c_shared_batches.ipynb #a3eaf839
 @dataclass(frozen=True)
 class PrefixCollator(SharedPairCollator):
-    "Makes a batch of packed rows in which each different response, and before it each prompt, stands once."
+    """Makes a batch of packed rows in which each different response, and before it each prompt, stands once.
+
+    Raises: ValueError for pads on the left: rows are filled from there, and a score is read where `last_tokens` says.
+    """
 
     row_length: int = 192  # places of a row; a longer sequence makes all rows of its batch as long as itself
+
+    def __post_init__(self):
+        if self.padding_side != "right":
+            raise bad_argument("PrefixCollator", "padding_side", "'right'", repr(self.padding_side), "packed rows have no pads on the left; SharedPairCollator can")
 
     def read(
         self,
         groups: Sequence[Sequence[Sequence[int]]],  # from `prompt_groups`
     ) -> dict[str, Tensor]:  # what `share_prefixes` returns
         "What the model reads, in the order of the groups."
-        return share_prefixes(groups, self.pad_token_id, self.row_length)
+        return share_prefixes(groups, self.pad_token_id, self.row_length, self.pad_to_multiple_of)
 
 # %% ../nbs/02c_shared_batches.ipynb #23a51638
 def length_groups(

@@ -104,6 +104,13 @@ def lora_parameter_count_by_zeros(shapes, r):
     return sum(np.zeros((d_out, r)).size + np.zeros((r, d_in)).size for d_out, d_in in shapes)
 
 
+def merged_weight_by_products(weight, A, B, scale, transposed=False):
+    """What the layer does to each unit vector, with its adapter beside it."""
+    W = weight.T if transposed else weight
+    columns = [W @ unit + scale * (B @ (A @ unit)) for unit in torch.eye(A.shape[1])]
+    return torch.stack(columns, 0 if transposed else 1)
+
+
 def best_low_rank_by_eigenvectors(change, r):
     """The largest eigenvectors of the Gram matrix; the factors divide the singular values evenly."""
     values, vectors = torch.linalg.eigh(change.T @ change)
@@ -339,7 +346,7 @@ def worth_of_a_word_by_normal_equations(scores, utilities, words, groups):
 ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accuracy_by_rows, "bayes_log_loss": bayes_log_loss_by_rows,
                "token_logprobs": token_logprobs_by_rows, "position_ids": position_ids_by_rows,
                "low_rank_update": low_rank_update_by_entries, "lora_parameter_count": lora_parameter_count_by_zeros,
-               "best_low_rank": best_low_rank_by_eigenvectors,
+               "merged_weight": merged_weight_by_products, "best_low_rank": best_low_rank_by_eigenvectors,
                "binomial_interval": binomial_interval_by_beta, "self_agreement": self_agreement_by_rows,
                "shared_prompt": shared_prompt_by_lengths, "split_transcript": split_transcript_by_blocks,
                "bradley_terry_log_likelihood": bradley_terry_log_likelihood_by_pairs, "bradley_terry_gradient": bradley_terry_gradient_by_pairs,

@@ -10,14 +10,16 @@ from datasets import Dataset, disable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from rlhf_course import padding
 from rlhf_course.padding import (BOTH_FORM, PAIR_COLUMNS, STRATEGIES, PairCollator, batch_slider, cut_batches, encode_conversations,
                                  encode_messages, length_correlation, length_grouped_batches, make_batches, optimal_batches,
                                  optimal_token_batches, pack_rows, packed_batch, pad_batch, padding_fraction, token_budget_batches,
                                  tokenize_both, tokenize_pairs, transcript)  # fmt: skip
-from rlhf_course.preferences import filter_long
+from rlhf_course.preferences import count_tokens, filter_long, tokenize_texts
 from rlhf_course.tiny_lm import load_tiny_lm, train_bpe_tokenizer
 
 disable_progress_bars()
@@ -81,6 +83,67 @@ def test_templates_that_do_not_permit_joining_are_found():
               for name, t in TOKENIZERS.items() if t.chat_template}  # fmt: skip
     assert frames["trimming"] is None and frames["spaces"] is None
     assert frames["arena"] is not None and frames["bytes"] is not None
+
+
+def merging(*borders):
+    """A tokenizer with one piece for each of these pairs of letters, and a template that puts # before a text and ~ behind it."""
+    letters = {letter: i for i, letter in enumerate("#~abcdefghijklmnopqrstuvwxyz ", 3)}
+    pieces = {"<pad>": 0, "<eos>": 1, "[unk]": 2, **letters, **{border: 40 + i for i, border in enumerate(borders)}}
+    bpe = BPE(vocab=pieces, merges=[tuple(border) for border in borders], unk_token="[unk]")
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), pad_token="<pad>", eos_token="<eos>")
+    made.chat_template = "{% for m in messages %}<eos>#{{ m['content'] }}~<eos>{% endfor %}"
+    return made
+
+
+@pytest.mark.parametrize("borders", [["#q"], ["z~"], ["#q", "z~", "#x"]], ids=str)
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(*[st.text("qzxa", min_size=1, max_size=3)] * 3), min_size=1, max_size=30))
+def test_borders_that_odd_texts_do_not_foresee_are_found_in_the_data(borders, rows):
+    """The template seems to permit joining; the texts that merge with what stands beside them are tokenized as they stand."""
+    tokenizer = merging(*borders)
+    assert padding._frame(lambda p, r: tokenizer.apply_chat_template(padding._one_turn(p, r), tokenize=False), 2, tokenizer) is not None
+    data = Dataset.from_list([{"prompt": p, "response_a": a, "response_b": b, "winner": "tie"} for p, a, b in rows])
+    for row, (p, a, b) in zip(tokenize_pairs(data, tokenizer), rows):
+        assert [row["input_ids_a"], row["input_ids_b"]] == encode_conversations([p, p], [a, b], tokenizer)
+
+
+class Watched:
+    """A tokenizer that remembers the texts it was shown."""
+
+    def __init__(self, tokenizer):
+        self.inner, self.seen, self.chat_template, self.eos_token_id = tokenizer, [], tokenizer.chat_template, tokenizer.eos_token_id
+
+    def __call__(self, texts, **options):
+        self.seen.extend(texts)
+        return self.inner(texts, **options)
+
+    def apply_chat_template(self, turns, **options):
+        return self.inner.apply_chat_template(turns, **options)
+
+    def __getstate__(self):
+        return {}
+
+
+def test_what_was_counted_is_not_tokenized_again():
+    """With `known` from counting, tokenizing shows the tokenizer no further text of the data, but the one that is tried at each call."""
+    tokenizer, known = Watched(TOKENIZERS["arena"]), {}
+    words = [f"boil water {'add leaves . ' * i}." for i in range(40)]
+    rows = Dataset.from_list([{"prompt": words[i % 5], "response_a": words[i % 7], "response_b": words[i], "winner": "a"} for i in range(40)])
+    counted = count_tokens(rows, tokenizer, known)
+    assert sorted(tokenizer.seen) == sorted(set(words)) == sorted(known)
+    tokenizer.seen.clear()
+    again = tokenize_pairs(counted, tokenizer, known=known)
+    assert len([text for text in tokenizer.seen if text in known]) <= 6 and len(known) == 40
+    assert again.to_dict() == tokenize_pairs(rows, TOKENIZERS["arena"]).to_dict()
+    both = tokenize_both(counted, tokenizer, known=known)
+    assert both.to_dict() == tokenize_both(rows, TOKENIZERS["arena"]).to_dict()
+
+
+def test_ids_of_another_tokenizer_are_refused():
+    """A dict that was filled by one tokenizer is no use to another."""
+    known = dict(tokenize_texts(["boil water ."], TOKENIZERS["arena"]))
+    assert "`known` should be ids that this tokenizer gave, got others for 'boil water .'" in refused(
+        tokenize_pairs, rows_of("boil water ."), TOKENIZERS["bytes"], known=known)  # fmt: skip
 
 
 @each_tokenizer

@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import math
-import random
 
 import numpy as np
 import pytest
@@ -327,9 +326,6 @@ def test_each_text_is_tokenized_once(tokenizer):
         def __call__(self, texts, **options):
             seen.extend(texts)
             return tokenizer(texts, **options)
-
-        def __getstate__(self):  # datasets hashes the function that is mapped
-            return {"rows": len(seen) * 0 + random.random()}
 
     data = data_of([row(), row(b="boil water ."), row(prompt="wait .")] * 5)
     counted = count_tokens(data, Watched())

@@ -4,6 +4,7 @@ import math
 
 import bitsandbytes
 import bitsandbytes.functional as library
+import mpmath
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -225,6 +226,23 @@ def test_lloyd_max_against_samples(n_levels):
     for _ in range(10):
         assert gaussian_error(levels + 0.01 * torch.randn(n_levels, generator=generator, dtype=torch.float64)) > gaussian_error(levels)
     assert gaussian_error(levels) > rate_distortion_bound(math.log2(n_levels))
+
+
+def test_lloyd_max_against_thirty_digits():
+    """Newton's method on the conditions of the optimum, with mpmath and from the levels that Max printed in 1960.
+
+    His levels are right; the error that stands beside them, 0.009497, is not the error of these levels, which is 0.009501.
+    """
+    with mpmath.workdps(30):
+        density = lambda x: mpmath.exp(-x * x / 2) / mpmath.sqrt(2 * mpmath.pi)
+        edges = lambda positive: [0, *((a + b) / 2 for a, b in zip(positive, positive[1:])), mpmath.inf]
+        cells = lambda positive: [(mpmath.ncdf(high) - mpmath.ncdf(low), density(low) - density(high)) for low, high in zip(edges(positive), edges(positive)[1:])]
+        printed = [mpmath.mpf(level) for level in "0.1284 0.3881 0.6568 0.9424 1.256 1.618 2.069 2.733".split()]
+        found = list(mpmath.findroot(lambda *levels: [level * mass - moment for level, (mass, moment) in zip(levels, cells(levels))], printed))
+        error = lambda positive: float(1 + 2 * sum(level**2 * mass - 2 * level * moment for level, (mass, moment) in zip(positive, cells(positive))))
+        assert error(found) == pytest.approx(0.00950100801, abs=1e-11) and error(printed) == pytest.approx(0.009501, abs=1e-6)
+    assert gaussian_error(lloyd_max(16)) == pytest.approx(error(found), abs=1e-11)
+    torch.testing.assert_close(lloyd_max(16)[8:], torch.tensor([float(level) for level in found], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_no_code_beats_the_bound():

@@ -41,9 +41,7 @@ PANEL_ROWS = [  # every first response ends in markup that would run, every seco
      "model_b": "SECRET-TWO"}
     for number, (language, text) in enumerate([("Hebrew", "שלום עולם, זה משפט ארוך מספיק."), ("Arabic", "مرحبا بالعالم، هذه جملة طويلة."),
                                                ("emoji", "👋🌍 👩‍👩‍👧‍👦 🏳️‍🌈 😀"), ("English", "Hello, world! $x^2$"), ("tabs", "two\n\tlines")])]  # fmt: skip
-SLIDER_NOTEBOOK = ROOT / "exercises" / "02_padding.ipynb"
-SLIDER_CELL = """from rlhf_course.padding import batch_slider
-batch_slider([[5, 9], [30, 40], [12, 7], [3, 60]] * 8, batch_size=8)"""
+SLIDER_NOTEBOOK, SLIDER_CELL = ROOT / "nbs" / "02_padding.ipynb", "batch_slider(texts"
 PANEL_CELL = """import json
 from rlhf_course.labeling import Labeling, start_labeling
 start_labeling(Labeling(json.load(open({rows!r})), {answers!r}, repeat_share=0.2, name="browser"))"""
@@ -178,13 +176,29 @@ class Page:
         before = self.js("return nb.widgets[arguments[0]].model.executionCount", place)
         self.show(place)
         self.keys((Keys.SHIFT, Keys.ENTER))
-        wait_for(lambda: self.js("return nb.widgets[arguments[0]].model.executionCount", place) not in (None, before), 60, "the check does not run")
+        wait_for(lambda: self.js("return nb.widgets[arguments[0]].model.executionCount", place) not in (None, before), 120, "the cell does not run")
+        wait_for(self.idle, 120, "the kernel stays busy")
         return self.output(place)
+
+    def idle(self) -> bool:
+        """Whether the kernel of the notebook in front has nothing to do."""
+        return self.js("const session = panel && panel.sessionContext.session; return !!session && session.kernel.status === 'idle'")
 
     def output(self, place: int) -> str:
         """The text below a cell, which is drawn only where it is in view."""
         self.show(place)
         return self.js("return nb.widgets[arguments[0]].outputArea.node.innerText", place)
+
+    def says(self, place: int, *words: str, without: str = "") -> str:
+        """The text below a cell, once it holds these words and not those: it may be drawn some time after the kernel is done."""
+        holds = lambda text: all(word in text for word in words) and not (without and without in text)
+        wait_for(lambda: holds(self.output(place)), 60, f"cell {place} does not say {words}, but {self.output(place)!r}")
+        return self.output(place)
+
+    def menu(self, *path: str) -> None:
+        """Click a menu and then its item."""
+        for kind, text in zip(("lm-MenuBar-itemLabel", "lm-Menu-itemLabel"), path):
+            self.click(f"//*[contains(@class, '{kind}') and text()='{text}']")
 
     def put_cell(self, source: str) -> int:
         """The place of a new cell below the title."""
@@ -205,24 +219,21 @@ def look(address: str, driver, folder: Path) -> None:
     page.shot("exercises")
 
     stub, check = page.cell_of(f"def {EXERCISE}("), page.cell_of(f"check({EXERCISE})")
-    page.click("//*[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']")
-    page.click("//*[contains(@class, 'lm-Menu-itemLabel') and text()='Run All Cells']")
+    page.menu("Run", "Run All Cells")
     wait_for(lambda: page.js("return nb.widgets[arguments[0]].model.executionCount", check), 300, "the first check does not run")
     page.ready(NOTEBOOK.name)
-    said = page.output(check)
-    assert "not written yet" in said, said
+    page.says(check, "not written yet")
     page.shot("run_all_stub")
 
     page.type_body(stub, 1, WRONG)
-    said = page.run(check)
-    assert MISTAKE in said, said
+    page.run(check)
+    page.says(check, MISTAKE)
     page.shot("wrong_answer")
 
     page.type_body(stub, len(WRONG), RIGHT)
-    said = page.run(check)
-    assert f"{EXERCISE}" in said and MISTAKE not in said and "probes" in said, said
+    page.run(check)
+    print(page.says(check, EXERCISE, "probes", without=MISTAKE))
     page.shot("right_answer")
-    print(said)
 
 
 class PanelPage(Page):
@@ -306,20 +317,28 @@ def look_at_panel(address: str, driver, folder: Path, scratch: Path) -> None:
 
 
 def look_at_slider(address: str, driver, folder: Path) -> None:
-    """A slider moved by the keyboard and a menu changed: each redraws the picture."""
+    """The lesson is run up to its slider; the slider moved by the keyboard and a menu changed each redraw the picture."""
     page = Page(driver, folder)
     page.n_shots = len(list(folder.glob("*.png")))
     driver.get(f"{address}/lab/tree/{SLIDER_NOTEBOOK.relative_to(ROOT)}?token=look")
     page.ready(SLIDER_NOTEBOOK.name)
-    page.run(page.put_cell(SLIDER_CELL))
-    picture = lambda: page.js("const i = nb.widgets[1].outputArea.node.querySelector('img'); return i && i.naturalWidth > 100 && i.src")
+    place = page.cell_of(SLIDER_CELL)
+    page.show(place)
+    page.menu("Run", "Run All Above Selected Cell")
+    last = page.js("return nb.widgets.slice(0, arguments[0]).findLastIndex(w => w.model.type === 'code')", place)
+    wait_for(lambda: page.js("return nb.widgets[arguments[0]].model.executionCount", last), 600, "the cells above the slider do not run")
+    page.run(place)
+    shown = "const i = nb.widgets[arguments[0]].outputArea.node.querySelector('.jupyter-widgets img'); return i && i.naturalWidth > 100 && i.src"
+    picture = lambda: page.js(shown, place)
     wait_for(picture, 60, "the slider's picture does not come")
     page.shot("slider")
-    for name, act in {"slider_moved": lambda: page.keys(*[Keys.ARROW_RIGHT] * 5), "menu_changed": lambda: page.keys(Keys.ARROW_DOWN)}.items():
+    actions = {"slider_moved": ("//div[contains(@class, 'noUi-handle')]", [Keys.ARROW_RIGHT] * 5),
+               "menu_changed": ("//div[contains(@class, 'widget-dropdown')]//select", [Keys.ARROW_DOWN, Keys.ENTER])}  # fmt: skip
+    for name, (control, keys) in actions.items():
         before = picture()
-        page.click("//div[contains(@class, 'noUi-handle')]" if name == "slider_moved" else "//div[contains(@class, 'widget-dropdown')]//select")
-        act()
-        wait_for(lambda: picture() not in (None, False, before), 30, f"{name}: the picture stays")
+        page.click(control)
+        page.keys(*keys)
+        wait_for(lambda: picture() not in (None, False, before), 60, f"{name}: the picture stays")
         page.shot(name)
 
 
