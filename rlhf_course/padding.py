@@ -116,7 +116,8 @@ def encode_messages(
 
 # %% ../nbs/02_padding.ipynb #4914cb7a
 ODD_TEXTS = ("word", " space", "\nline", "\n\nlines", "end ", "end\n", "'s", ".", "7", "é", "\u0301x", "中", "🥚", "(x)", "__", "a  b",
-             "\t", "<s>", "İ", "word\r\n", "_", "-1", "¡x!")  # texts whose ends are likely to merge with what stands beside them
+             "\t", "<s>", "İ", "word\r\n", "_", "-1", "¡x!",
+             "<think>so</think>yes")  # texts whose ends are likely to merge with what stands beside them, and one that some templates cut
 
 
 def _frame(render: Callable[..., str], n_texts: int, tokenizer: Any) -> list[np.ndarray] | None:

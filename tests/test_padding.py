@@ -78,7 +78,9 @@ def test_joined_texts_are_what_the_template_says(name, rows):
 
 
 def test_templates_that_do_not_permit_joining_are_found():
-    """A template that trims its texts, or puts a space before them."""
+    """A template that trims its texts, puts a space before them, or leaves out what a model thought."""
+    cutting = bpe("{% for m in messages %}{{ '<user>' + m['content'].split('</think>')[-1] + '<assistant>' }}{% endfor %}")
+    assert padding._frame(lambda p, r: cutting.apply_chat_template(padding._one_turn(p, r), tokenize=False), 2, cutting) is None
     frames = {name: padding._frame(lambda p, r: t.apply_chat_template(padding._one_turn(p, r), tokenize=False), 2, t)
               for name, t in TOKENIZERS.items() if t.chat_template}  # fmt: skip
     assert frames["trimming"] is None and frames["spaces"] is None
