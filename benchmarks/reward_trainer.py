@@ -48,7 +48,7 @@ from rlhf_course.tiny_lm import load_tiny_lm, tiny_llama, tiny_lm_folder, train_
 
 CONFIG = RewardConfig(lora_r=8, lora_alpha=16, learning_rate=1e-3, head_learning_rate=3e-3, batch_size=16)
 RECORD = "04_reward_model_trl"
-SETTINGS = {"n_comparisons": 4_000, "n_fresh": 5_600, "fresh_seed": 1_000_000, "rounds": 7, "steps_a_round": 15, "parity_steps": 20, "batch_size": 16, "lora_r": 8}
+SETTINGS = {"n_comparisons": 2_000, "n_fresh": 5_600, "fresh_seed": 1_000_000, "rounds": 7, "steps_a_round": 6, "parity_steps": 20, "batch_size": 16, "lora_r": 8}
 
 
 class InOrder:
