@@ -15,7 +15,7 @@ from .checks import bad_argument
 
 # %% auto #0
 __all__ = ['reward_accuracy', 'accuracy_interval', 'reward_log_loss', 'expected_calibration_error', 'accuracy_by_gap',
-           'rank_correlation']
+           'rank_correlation', 'rank_correlation_within']
 
 # %% ../nbs/01c_judging.ipynb #8b00f6da
 def _check_pairs(function: str, margins: Tensor, labels: Tensor) -> None:
@@ -127,3 +127,23 @@ def rank_correlation(
         raise bad_argument("rank_correlation", "values", "one for each score, at least two, none of them NaN", f"{tuple(values.shape)} for {tuple(scores.shape)}",
                            "give the true value of each response")
     return float(torch.corrcoef(torch.stack([_ranks(scores), _ranks(values)]))[0, 1])
+
+# %% ../nbs/01c_judging.ipynb #853125c9
+def rank_correlation_within(
+    scores: Tensor,  # what a model says, (N,) float
+    values: Tensor,  # what is true, (N,) float
+    groups: Tensor,  # the number of each response's prompt, (N,) long
+) -> float:  # in [-1, 1]; 1 where each prompt's responses are in the right order
+    """The mean over prompts of the rank correlation among the responses to that prompt. A constant added to all scores of a prompt changes nothing.
+
+    Prompts with a single response, or whose scores or values are all the same, have no order and are left out.
+    Raises: ValueError for shapes that differ, or where no prompt is left.
+    """
+    if not scores.shape == values.shape == groups.shape or scores.ndim != 1:
+        raise bad_argument("rank_correlation_within", "groups", "one for each score and value", f"{tuple(groups.shape)} for {tuple(scores.shape)} and {tuple(values.shape)}",
+                           "number the prompt of each response")
+    members = [(groups == group).nonzero()[:, 0] for group in groups.unique()]
+    ordered = [rows for rows in members if scores[rows].unique().numel() > 1 and values[rows].unique().numel() > 1]
+    if not ordered:
+        raise bad_argument("rank_correlation_within", "groups", "a prompt with responses that differ", "none", "give several responses to a prompt")
+    return sum(rank_correlation(scores[rows], values[rows]) for rows in ordered) / len(ordered)

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from .checks import bad_argument
 from .padding import pad_batch, tokenize_both
-from .reward_model import ProgressBar, RewardConfig, add_lora, head_name, last_token_index, reward_optimizer
+from .reward_model import ProgressBar, RewardConfig, add_lora, reward_optimizer
+from .scoring import head_name, last_token_index
 from .shared_batches import LengthGroupedSampler
 
 # %% auto #0

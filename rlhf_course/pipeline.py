@@ -247,7 +247,7 @@ def stage_language_model(
 ) -> None:
     "The language model that will be tuned, and how well it knows its language."
     from transformers import AutoModelForCausalLM
-    from rlhf_course.reward_model import ensure_pad_token
+    from rlhf_course.scoring import ensure_pad_token
     from rlhf_course.tiny_lm import arena_texts, encode_dialogues, evaluate_loss, source_loss, tiny_lm_folder
     options, scratch_built = run.options, run.options.data is not None and run.options.model is None
     if scratch_built: small_language_model(run)
@@ -555,11 +555,14 @@ def _missing_file(path: Path) -> None:
 def _quiet_libraries() -> None:
     "Keeps the libraries' own chatter out of the command's output; errors still show."
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging as python_logging
     import warnings
     from transformers.utils import logging
     warnings.filterwarnings("ignore", category=FutureWarning) # the libraries tell each other about renamed attributes
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    offer = "gemm_4bit_forward" # a faster kernel that bitsandbytes offers to download at import; nothing here needs it
+    python_logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: offer not in record.getMessage())
 
 def peak_memory_mb() -> float | None: # None where the system does not say
     "The most memory that this process has held so far, in megabytes."

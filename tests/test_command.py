@@ -60,6 +60,7 @@ def arena_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("arena") / "run"
     done = command("run", "--fast", "--seed", "3", "--out", out)
     assert done.returncode == 0, done.stderr
+    assert "gemm_4bit_forward" not in done.stderr  # bitsandbytes offers a kernel to processors that could use it
     return out
 
 
@@ -261,3 +262,11 @@ def test_killed_run(tmp_path, seconds):
 @pytest.mark.parametrize("seconds", [4.0, 8.0, 16.0, 20.0, 24.0, 28.0, 32.0, 36.0])
 def test_killed_run_at_many_moments(tmp_path, seconds):
     check_nothing_is_half_written(killed_run(tmp_path, seconds))
+
+
+def test_only_the_offer_of_a_kernel_is_kept_from_the_screen():
+    """bitsandbytes says at import that it could be faster; anything else it has to say still shows."""
+    code = ("import logging; from rlhf_course.pipeline import _quiet_libraries; _quiet_libraries(); log = logging.getLogger('bitsandbytes.backends.cpu.ops'); "
+            "log.warning('Failed to load CPU gemm_4bit_forward from %s', 'somewhere'); log.warning('something else')")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "something else\n", done.stderr

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, BertConfig, LlamaConfig, MistralConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, DebertaV2Config, LlamaConfig, MistralConfig
 
 from rlhf_course.loading import comparisons_from_rows
 from rlhf_course.padding import pad_batch, tokenize_pairs
@@ -22,17 +22,21 @@ from rlhf_course.reward_model import (
     RewardTrainer,
     add_lora,
     bradley_terry_loss,
-    ensure_pad_token,
     evaluate_rewards,
     last_whole_checkpoint,
-    new_reward_model,
-    reads_packed_rows,
     reward_batches,
     save_reward_model,
+    train_reward_model,
+)
+from rlhf_course.scoring import (
+    ensure_pad_token,
+    head_layers,
+    new_reward_model,
+    reads_packed_rows,
+    score_in_groups,
     score_packed,
     score_responses,
     score_sequences,
-    train_reward_model,
 )
 from rlhf_course.shared_batches import share_prefixes
 from rlhf_course.tiny_arena import sample_comparisons, tiny_arena
@@ -374,6 +378,67 @@ def test_evaluation_is_the_plain_likelihood():
     model, log = train_reward_model(new_reward_model(tiny_lm_folder(), TOKENIZER), TOKENIZER, data, config, valid=data)
     [judged] = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert_close(judged, evaluate_rewards(model, TOKENIZER, data)[0]["log_loss"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def process_group():
+    """A group of one process, as `DistributedDataParallel` needs one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel], ids=["DistributedDataParallel", "DataParallel"])
+def test_wrapped_model_scores_and_learns_the_same(wrap, process_group):
+    """Padded, in groups, packed and from text; and the gradient that passes through the wrapper is that of the bare model."""
+    model = add_lora(new_reward_model(tiny_lm_folder(), TOKENIZER), SMALL)
+    data = comparisons(12)
+    rows = tokenize_pairs(data, TOKENIZER).to_list()
+    sequences = [row["input_ids_a"] for row in rows]
+    batch, wrapped = pad_batch(sequences, TOKENIZER.pad_token_id), wrap(model)
+    grads = []
+    for each in (model, wrapped):
+        model.zero_grad()
+        score_in_groups(each, *batch).pow(2).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert grads[0].norm() > 0
+    assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-5)
+    assert reads_packed_rows(wrapped)
+    with torch.no_grad():
+        alone = score_sequences(model, *batch)
+        assert_close(score_sequences(wrapped, *batch), alone, atol=1e-5, rtol=0)
+        assert_close(score_packed(wrapped, share_prefixes([[ids] for ids in sequences], TOKENIZER.pad_token_id)), alone, atol=1e-5, rtol=0)
+    assert_close(score_responses(wrapped, TOKENIZER, data["prompt"][:], data["response_a"][:]), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config, new", [(DebertaV2Config, ["pooler", "classifier"]), (BertConfig, ["classifier", "bert.pooler.dense"])], ids=["DeBERTa", "BERT without pooler"])
+@pytest.mark.parametrize("targets", [None, "all-linear"], ids=["q, k, v", "all linear"])
+def test_pooler_is_trained_and_saved(config, new, targets, tmp_path):
+    """An encoder whose pooler starts from noise: trained, saved with the adapter, and the same scores on a fresh copy with other noise."""
+    sizes = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pooler_hidden_size": 32}
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(config(**sizes, max_position_embeddings=512, pad_token_id=TOKENIZER.pad_token_id))
+    backbone.pooler = None
+    backbone.save_pretrained(tmp_path / "backbone")
+    data = comparisons(24)
+    texts = data["prompt"][:], data["response_a"][:]
+    model = new_reward_model(tmp_path / "backbone", TOKENIZER)
+    assert head_layers(model) == new
+    at_first = {name: value.clone() for name, value in model.state_dict().items()}
+    trained, _ = train_reward_model(model, TOKENIZER, data, replace(SMALL, target_modules=targets))
+    before = score_responses(trained, TOKENIZER, *texts)
+    moved = {name for name, p in trained.named_parameters() if p.requires_grad and "pooler" in name}
+    assert moved and not any("lora_" in name for name in moved)
+    for name in moved:
+        assert not torch.equal(trained.get_parameter(name), at_first[name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")])
+    save_reward_model(trained, TOKENIZER, tmp_path)
+    fresh = new_reward_model(tmp_path / "backbone", TOKENIZER, seed=1)
+    assert not torch.equal(fresh.state_dict()[f"{new[0]}.dense.weight" if new[0] == "pooler" else f"{new[1]}.weight"],
+                           at_first[f"{new[0]}.dense.weight" if new[0] == "pooler" else f"{new[1]}.weight"])  # fmt: skip
+    again = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    for other in (again, merged):
+        assert_close(score_responses(other, TOKENIZER, *texts), before, atol=1e-5, rtol=0)
 
 
 def test_trainer_is_transformers():

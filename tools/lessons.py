@@ -31,6 +31,12 @@ def is_progress_bar(output: nbformat.NotebookNode) -> bool:
     return "application/vnd.jupyter.widget-view+json" in data and "%|" in data.get("text/plain", "")
 
 
+def is_kernel_offer(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is bitsandbytes' offer, at its import, of a faster kernel for processors with AVX512-BF16: it is there on some machines only."""
+    lines = output.get("text", "").strip().splitlines() if output.get("name") == "stderr" else []
+    return bool(lines) and all("Failed to load CPU gemm_4bit_forward" in line for line in lines)
+
+
 class RunUnflagged(ExecutePreprocessor):
     """Runs the cells that carry none of the skipped flags, in this interpreter's own kernel."""
 
@@ -40,7 +46,7 @@ class RunUnflagged(ExecutePreprocessor):
             return cell, resources
         cell, resources = super().preprocess_cell(cell, resources, index)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not is_progress_bar(output)]
+            cell.outputs = [output for output in cell.outputs if not is_progress_bar(output) and not is_kernel_offer(output)]
         return cell, resources
 
     def create_kernel_manager(self):
