@@ -1607,7 +1607,7 @@ def _last(mask):
     return torch.where(mask.bool(), torch.arange(mask.shape[1]), -1).max(1).values
 
 
-_LAST_TOKEN = Exercise("rlhf_course.reward_model:last_token_index", _last_token_probes, (
+_LAST_TOKEN = Exercise("rlhf_course.scoring:last_token_index", _last_token_probes, (
     ("You counted the real tokens and took one off: with pads on the left the last of n tokens is not in column n - 1.",
      lambda mask: mask.long().sum(1) - 1),
     ("You took the token before the first pad: where the row begins with pads there is none before it.",
