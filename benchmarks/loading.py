@@ -7,6 +7,9 @@ They are counted, as `filter_long` needs it, and the ids found there are kept fo
 Generating the file and training the tokenizer are not counted in the seconds. Memory is the peak of the process that loads
 and tokenizes, with its libraries. The aims are 60 s and 2 GB on two cores for loading, validating, counting and tokenizing. Beside them
 stands what the tokenizer alone takes for the same texts, nothing kept: less is not possible. `--record` keeps the numbers in results/loading.json.
+
+The record of 2026-11-27 is of one core, shared with other work, so the seconds of the processor say more in it than those of the clock. It gave the
+tokenizer all texts in one call, which takes longer and more memory than the parts of a thousand of today.
 """
 
 import argparse
