@@ -84,12 +84,13 @@ def weights(agent):
 # Vector environments of every kind.
 
 
+@pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
 @pytest.mark.parametrize("truncates", [False, True], ids=["terminated", "truncated"])
-def test_both_autoreset_modes_give_the_same_advantages(truncates):
+def test_both_autoreset_modes_give_the_same_advantages(truncates, kind):
     """The transitions are the same, so their advantages are: those of next-step mode without its masked steps."""
     found = {}
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
-        envs = clocks(2, mode=mode, n_steps=3, truncates=truncates)
+        envs = clocks(2, mode=mode, n_steps=3, truncates=truncates, kind=kind)
         agent, stream = agent_for(envs), Stream(envs)
         stream.reset(0)
         experience = rollout(stream, agent, 11 if mode == AutoresetMode.NEXT_STEP else 9, torch.Generator().manual_seed(0))
@@ -97,10 +98,11 @@ def test_both_autoreset_modes_give_the_same_advantages(truncates):
         with torch.no_grad():
             final = agent(torch.tensor([[3.0, 0.0]]))[1]
         assert_close(experience.next_values[2, 0], final[0])
-        advantages, _ = compute_gae(*experience[3:3], experience.rewards, experience.values, experience.next_values,
+        advantages, _ = compute_gae(experience.rewards, experience.values, experience.next_values,
                                     experience.terminated, experience.done, experience.mask)  # fmt: skip
         found[mode] = [column[experience.mask[:, 0], 0] for column in (experience.observations, advantages)]
         assert stream.n_episodes == 6 and set(stream.episodes) == {(3.0, 3)}
+        envs.close()
     for next_step, same_step in zip(*found.values(), strict=True):
         assert_close(next_step, same_step)
 
@@ -255,6 +257,19 @@ def test_rewards_that_are_no_numbers_stop_the_run(bad, scaled):
     assert all(env.closed for env in envs.envs)
 
 
+def test_observations_that_are_no_numbers_stop_the_run():
+    """What the agent makes of them is not finite; the error shows the observation."""
+
+    class Blind(Clock):
+        def step(self, action):
+            observation, *others = super().step(action)
+            return np.full_like(observation, math.nan) if self.total == 3 else observation, *others
+
+    envs = SyncVectorEnv([Clock, Blind])
+    with pytest.raises(ValueError, match=r"finite values, got nan in row 3, environment 1, from the observation \[nan, nan\]"):
+        train(agent_for(envs), envs, SHORT)
+
+
 def raise_in_step_six(env, t):
     """A fault."""
     if t == 6:
@@ -288,7 +303,7 @@ def test_mismatched_spaces_are_refused():
 
 BOX, TWO = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
 UNSUPPORTED = {"dict": (gym.spaces.Dict(x=BOX), TWO, "FlattenObservation"), "tuple": (gym.spaces.Tuple([BOX]), TWO, "FlattenObservation"),
-               "discrete": (TWO, TWO, "one-hot"), "multi-binary": (gym.spaces.MultiBinary(3), TWO, "TransformObservation"),
+               "discrete": (TWO, TWO, "one-hot"), "multi-binary": (gym.spaces.MultiBinary(3), TWO, "FlattenObservation"),
                "multi-binary actions": (BOX, gym.spaces.MultiBinary(3), "TransformAction"),
                "multi-discrete actions": (BOX, gym.spaces.MultiDiscrete([2, 2]), "TransformAction"),
                "matrix actions": (BOX, gym.spaces.Box(-1, 1, (2, 2)), "TransformAction"),
@@ -432,6 +447,13 @@ def test_dashboard_before_the_first_episode_has_ended():
     history = train(agent_for(envs), envs, SHORT, callback=live)
     assert math.isnan(history[0]["return_mean"]) and history[0]["episodes"] == 0
     assert dashboard(history[:1])._repr_png_()[:4] == b"\x89PNG" and live.picture is None
+
+
+def test_evaluation_of_episodes_that_never_end_stops():
+    """Without a time limit it would wait for ever."""
+    envs = clocks(2, n_steps=10**9)
+    with pytest.raises(ValueError, match="time limit"):
+        evaluate(agent_for(envs), envs, seed=0, max_steps=50)
 
 
 def test_callback_stops_the_run():
