@@ -11,5 +11,232 @@ from torch import Tensor
 
 from .checks import Call, Exercise, call
 
+# %% ../nbs/93a_bank_ppo.ipynb #8c41ea4f
+def _trace(terms: Tensor, carry: Tensor, forward: bool = False) -> Tensor:
+    "x_t = terms_t + carry_t x_{t+1}, from the last row to the first; `forward` from the first to the last."
+    result, following = torch.empty_like(terms), torch.zeros_like(terms[0])
+    for t in range(len(terms)) if forward else reversed(range(len(terms))):
+        result[t] = following = terms[t] + carry[t] * following
+    return result
+
+
+def _goes_on(done: Tensor, like: Tensor) -> Tensor:
+    "1 where the episode goes on after a step, 0 where it ended with it."
+    return (~done).to(like.dtype)
+
+
+def _counted(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    "The tensors with zeros at masked steps."
+    return tensors if mask is None else tuple(torch.where(mask, tensor, 0) for tensor in tensors)
+
+
+def _up(x: Tensor, last: Tensor | float = 0) -> Tensor:
+    "Each row holds the one below; the last one `last`."
+    return torch.cat([x[1:], torch.zeros_like(x[:1]) + last])
+
+
+def _flags(*shape: int, seed: int, share: float) -> Tensor:
+    "True now and then."
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    "Normal numbers that depend on the seed alone."
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _returns_probes() -> list[Call]:
+    "Ends in the middle, none, all; masked steps with and without NaN; gamma from 0 to 1."
+    done, mask = _flags(7, 3, seed=1, share=0.3), ~_flags(7, 3, seed=2, share=0.3)
+    rewards = _normal(7, 3, seed=3)
+    return [call(rewards, done, gamma=0.5), call(_normal(4, 2, seed=4), torch.zeros(4, 2, dtype=torch.bool)),
+            call(_normal(6, 1, seed=5, dtype=torch.float64), _flags(6, 1, seed=6, share=0.4), gamma=0.9), call(rewards, done, mask, gamma=0.8),
+            call(rewards, ~done, gamma=1.0), call(torch.where(mask, rewards, torch.nan), done, mask, gamma=0.7), call(rewards, done, gamma=0.0),
+            call(_normal(1, 2, seed=7), torch.tensor([[True, False]]), gamma=0.5)]
+
+
+_DISCOUNTED_RETURNS = Exercise("rlhf_course.policy_gradient:discounted_returns", _returns_probes, (
+    ("You lost gamma: what comes a step later is worth gamma times as much.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, _goes_on(done, r)))),
+    ("You do not cut at the end of an episode: rewards of the next one leak into it; G_{t+1} counts as 0 where step t is done.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, torch.full_like(r, gamma)))),
+    ("You cut one step too early: done[t] says that step t was the last one, so its own reward still belongs to step t - 1.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(_up(done), r)))),
+    ("You cut one step too late: done[t], not done[t - 1], says whether anything after step t belongs to its episode.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(torch.cat([torch.zeros_like(done[:1]), done[:-1]]), r)))),
+    ("You have the test the wrong way round: the return is carried on where the episode is not done.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(~done, r)))),
+    ("You summed from the front: the return of a step is about what comes after it, so go from the last row to the first.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done, r)), forward=True)),
+    ("You left out the reward of the step itself: G_t begins with r_t, undiscounted.",
+     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r, gamma * _goes_on(done, r))) - r)[0]),
+    ("You discounted the reward of the step itself: gamma multiplies G_{t+1} alone.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, gamma * r, gamma * _goes_on(done, r)))),
+    ("You took the return of the first row for all rows: each step has its own, from itself on.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done, r)))[:1].expand_as(r).clone()),
+    ("You did not use the mask: a masked step has return 0 and hands nothing on.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(r, gamma * _goes_on(done, r))),
+    ("You multiplied by the mask: 0 times NaN is NaN; choose with torch.where, as zero_masked does.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(r * (1 if mask is None else mask), gamma * _goes_on(done, r) * (1 if mask is None else mask))),
+    ("You took the rewards of masked steps out, but still carry returns across them: their factor must be 0 too.",
+     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r), gamma * _goes_on(done, r)))[0]),
+    ("You took masked steps out of the result only: they must not hand anything on to the step before either.",
+     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(r, gamma * _goes_on(done, r)))[0]),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #c57e86ea
+def _gae_batch(shape: tuple[int, int], seed: int, ends: float = 0.2, gaps: float = 0.0, junk: float | None = None) -> list[Tensor]:
+    "Rewards, values, next values, terminated, done and mask."
+    rewards, values, finals = (_normal(*shape, seed=seed + i) for i in range(3))
+    terminated, truncated, mask = _flags(*shape, seed=seed + 3, share=ends), _flags(*shape, seed=seed + 4, share=ends), ~_flags(*shape, seed=seed + 5, share=gaps)
+    done = terminated | truncated
+    next_values = torch.where(done, finals, _up(values, finals[-1]))
+    if junk is not None:
+        rewards, values, next_values = (torch.where(mask, x, junk) for x in (rewards, values, next_values))
+        next_values = torch.where(terminated, junk, next_values)
+    return [rewards, values, next_values, terminated, done, mask]
+
+
+def _gae_probes() -> list[Call]:
+    "With ends and without, with masked steps and without, with NaN where nothing is read; limits of gamma and lambda."
+    return [call(*_gae_batch((7, 3), 1)[:5], gamma=0.9, gae_lambda=0.8), call(*_gae_batch((5, 2), 11, ends=0.0)[:5]),
+            call(*_gae_batch((8, 3), 21, gaps=0.3), gamma=0.8, gae_lambda=0.5), call(*_gae_batch((6, 4), 31)[:5], gamma=0.7, gae_lambda=0.0),
+            call(*_gae_batch((9, 2), 41, gaps=0.3, junk=torch.nan), gamma=0.5, gae_lambda=0.9), call(*_gae_batch((6, 2), 51)[:5], gamma=1.0, gae_lambda=1.0),
+            call(*_gae_batch((1, 3), 61, ends=0.4)[:5], gamma=0.5, gae_lambda=0.5)]
+
+
+def _gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, mask: Tensor | None, carry: float,
+         gamma: float) -> tuple[Tensor, Tensor]:
+    "What both results are for a discount of the next value and a factor of the trace, where `terminated` and `done` say what is left out."
+    future = torch.where(terminated, 0, next_values)
+    deltas, factor, values = _counted(mask, rewards + gamma * future - values, carry * _goes_on(done, rewards), values)
+    advantages = _trace(deltas, factor)
+    return advantages, advantages + values
+
+
+_NEVER = torch.zeros((), dtype=torch.bool)
+_COMPUTE_GAE = Exercise("rlhf_course.policy_gradient:compute_gae", _gae_probes, (
+    ("You lost lambda: the trace is multiplied by gamma times gae_lambda at each step.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma, gamma)),
+    ("You lost gamma in the trace: what is carried on is gamma times gae_lambda times the next advantage.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gae_lambda, gamma)),
+    ("You lost gamma in front of the next value: the one-step error is r + gamma V_next - V.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma * gae_lambda, 1.0)),
+    ("You applied lambda twice: it belongs to the trace alone, not to the next value.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma * gae_lambda)),
+    ("You do not cut the trace at the end of an episode: advantages of the next one leak into it.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done & _NEVER, mask, gamma * gae_lambda, gamma)),
+    ("You cut the trace at terminations only: a truncated episode is over too, what follows it in the data is another one.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, term, mask, gamma * gae_lambda, gamma)),
+    ("You treat truncation as termination: where only the time ran out the future still has its value, so leave out next_values only where terminated.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, done, done, mask, gamma * gae_lambda, gamma)),
+    ("You bootstrap through a termination: after it there is no future, so its next value is never read.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term & _NEVER, done, mask, gamma * gae_lambda, gamma)),
+    ("You multiplied the next values by (1 - terminated): 0 times NaN is NaN; choose with torch.where, as zero_masked does.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv * _goes_on(term, r), term & _NEVER, done, mask, gamma * gae_lambda, gamma)),
+    ("You took the values of the next row: at the end of an episode that is another episode's; next_values has the right ones.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, _up(v), term, done, mask, gamma * gae_lambda, gamma)),
+    ("You turned the sign round: the advantage is what came minus what was expected, r + gamma V_next - V.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, ret: (-a, ret - 2 * a))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You left out the one-step error's baseline: V of the step itself is subtracted.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, a + _counted(mask, v)[0]))(*_gae(r, torch.zeros_like(v), nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You looked at the done flag of the row below: done[t] itself says whether the trace is cut after step t.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, _up(done), mask, gamma * gae_lambda, gamma)),
+    ("You went from the first row to the last: an advantage gathers what comes after, so begin at the last row.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (lambda a, values: (a, a + values))(
+         _trace(*_counted(mask, r + gamma * torch.where(term, 0, nv) - v, gamma * gae_lambda * _goes_on(done, r)), forward=True), *_counted(mask, v))),
+    ("You did not use the mask: masked steps have advantage and return 0 and hand nothing on.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, None, gamma * gae_lambda, gamma)),
+    ("You took masked steps out of the results only: what they hold has already been handed on to the step before.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _counted(mask, *_gae(r, v, nv, term, done, None, gamma * gae_lambda, gamma))),
+    ("Your returns at masked steps still hold the values: both results are 0 there.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, a + v))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("Your second result is the advantages again: the returns are the advantages plus the values.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, a))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("Your returns are the plain discounted rewards: they are the advantages plus the values, so that they too look ahead by V.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, _trace(*_counted(mask, r, gamma * _goes_on(done, r)))))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You returned them in the other order: advantages first, then returns.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma)[::-1]),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #5605485e
+def _real_steps_probes() -> list[Call]:
+    "Ends now and then, an end in the last row, an end before the first; one row; nothing done."
+    return [call(_flags(7, 3, seed=1, share=0.3), torch.tensor([True, False, False])),
+            call(torch.tensor([[False, True], [False, False], [True, False]]), torch.tensor([False, False])),
+            call(torch.tensor([[True, False, True]]), torch.tensor([True, True, False])), call(torch.zeros(4, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)),
+            call(torch.zeros(3, 2, dtype=torch.bool), torch.tensor([False, True]))]
+
+
+_REAL_STEPS = Exercise("rlhf_course.policy_gradient:real_steps", _real_steps_probes, (
+    ("You masked the step that ends the episode: that one is real, the step after it is not.",
+     lambda done, done_before: ~done),
+    ("You have it the wrong way round: True marks the steps that count.",
+     lambda done, done_before: torch.cat([done_before[None], done[:-1]])),
+    ("You forgot the step before the first row: if it was done, the first row only resets.",
+     lambda done, done_before: ~torch.cat([torch.zeros_like(done[:1]), done[:-1]])),
+    ("You took the last row for the one before the first, as torch.roll does: that is done_before.",
+     lambda done, done_before: ~done.roll(1, 0)),
+    ("You masked the step before the end: look at the row above, not at the row below.",
+     lambda done, done_before: ~_up(done)),
+    ("You masked the end too: only the step after it is not real.",
+     lambda done, done_before: ~(torch.cat([done_before[None], done[:-1]]) | done)),
+    ("You masked everything after the first end: the step after the reset counts again.",
+     lambda done, done_before: torch.cat([done_before[None], done[:-1]]).long().cumsum(0) == 0),
+    ("You have one row too many: leave out the last row of done, it is about the next rollout.",
+     lambda done, done_before: ~torch.cat([done_before[None], done])),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #553cf4b4
+def _following_probes() -> list[Call]:
+    "Both modes; an end in the last row; NaN where a final value is not to be read; one row."
+    values, finals, done = _normal(6, 3, seed=1), _normal(6, 3, seed=2), _flags(6, 3, seed=3, share=0.35)
+    done[-1] = torch.tensor([True, False, True])
+    last = _normal(3, seed=4)
+    return [call(values, last, done), call(values, last, done, finals), call(values, last, done, torch.where(done, finals, torch.nan)),
+            call(values[:1], last, done[-1:], finals[:1]), call(values[:4], last, torch.zeros(4, 3, dtype=torch.bool)),
+            call(values.double(), last.double(), ~done, finals.double())]
+
+
+def _moved_up(values: Tensor, last_values: Tensor, done: Tensor, final_values: Tensor | None) -> Tensor:
+    "The right answer."
+    following = torch.cat([values[1:], last_values[None]])
+    return following if final_values is None else torch.where(done, final_values, following)
+
+
+_FOLLOWING_VALUES = Exercise("rlhf_course.policy_gradient:following_values", _following_probes, (
+    ("You let the last row wrap round to the first, as torch.roll does: after the last step comes last_values.",
+     lambda v, last, done, final=None: _moved_up(v, v[0], done, final)),
+    ("You moved the rows the wrong way: after step t comes row t + 1.",
+     lambda v, last, done, final=None: torch.cat([last[None], v[:-1]]) if final is None else torch.where(done, final, torch.cat([last[None], v[:-1]]))),
+    ("You did not use the final values: in same-step mode the next row at an end is already the next episode.",
+     lambda v, last, done, final=None: _moved_up(v, last, done, None)),
+    ("You put 0 at every end: that is for compute_gae to decide, and it does so only at terminated steps.",
+     lambda v, last, done, final=None: torch.where(done, 0, _moved_up(v, last, done, final))),
+    ("You put 0 at the ends of next-step mode: there the next row shows the final observation, so its value is the right one.",
+     lambda v, last, done, final=None: torch.where(done, 0, _moved_up(v, last, done, final)) if final is None else _moved_up(v, last, done, final)),
+    ("You took the final values everywhere: they are meant for the steps that are done.",
+     lambda v, last, done, final=None: _moved_up(v, last, done, final) if final is None else final.clone()),
+    ("You chose the wrong way round: final values where done, the next row elsewhere.",
+     lambda v, last, done, final=None: _moved_up(v, last, ~done, final)),
+    ("You put the final values one row too late: they belong to the step that is done.",
+     lambda v, last, done, final=None: _moved_up(v, last, torch.cat([torch.zeros_like(done[:1]), done[:-1]]), final)),
+    ("You forgot the final values in the last row: it may be the end of an episode too.",
+     lambda v, last, done, final=None: torch.cat([_moved_up(v, last, done, final)[:-1], last[None]])),
+    ("You added the choice up with products: 0 times NaN is NaN; use torch.where.",
+     lambda v, last, done, final=None: _moved_up(v, last, done, None) if final is None else done * final + ~done * _moved_up(v, last, done, None)),
+    ("You did not move the rows: these are the values before each step, not after it.",
+     lambda v, last, done, final=None: v.clone() if final is None else torch.where(done, final, v)),
+    ("You have one row too many: leave out the first row of values.",
+     lambda v, last, done, final=None: torch.cat([v, last[None]])),
+))
+
 # %% ../nbs/93a_bank_ppo.ipynb #2d6fc40e
-PPO_EXERCISES: tuple[Exercise, ...] = ()
+PPO_EXERCISES: tuple[Exercise, ...] = (
+    _DISCOUNTED_RETURNS, _COMPUTE_GAE, _REAL_STEPS, _FOLLOWING_VALUES,
+)
