@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['CLIP_HINT', 'masked_variance', 'normalize_advantages', 'check_positive', 'clipped_surrogate_loss', 'value_loss',
-           'approx_kl', 'approx_kl_k2', 'clip_fraction', 'explained_variance', 'ppo_loss', 'orthogonal_layer',
-           'ActorCritic', 'logprobs_and_entropy', 'PPOConfig', 'Rollout', 'rollout', 'update', 'finished_returns',
-           'train', 'evaluate']
+           'approx_kl', 'approx_kl_k2', 'clip_fraction', 'explained_variance', 'ppo_loss', 'Categorical',
+           'gaussian_logprob', 'Gaussian', 'ActorCritic', 'orthogonal_layer', 'mlp', 'make_agent', 'check_spaces',
+           'PPOConfig', 'annealed', 'combine_moments', 'RunningMoments', 'FrozenMoments', 'RewardScaler', 'Stream',
+           'to_environment', 'failed_environment', 'Rollout', 'rollout', 'Batch', 'shuffled_minibatches', 'update',
+           'prepare', 'train', 'device_of', 'progress_row', 'check_fit', 'closed_on_error', 'evaluate']
 
 # %% ../nbs/05b_ppo.ipynb #a6cc5e74
+import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
 from .checks import bad_argument
@@ -207,7 +213,7 @@ def ppo_loss(
     vf_coef: float = 0.5,               # weight of the value loss
     ent_coef: float = 0.0,              # weight of the entropy bonus
     vf_clip_coef: float | None = None,  # clip range of the values, None: no clip
-) -> tuple[Tensor, dict[str, Tensor]]:  # loss, scalar; and policy_loss, value_loss, entropy, approx_kl, clipfrac, detached
+) -> tuple[Tensor, dict[str, Tensor]]:  # loss, scalar; and policy_loss, value_loss, entropy, approx_kl, approx_kl_k2, clipfrac, detached
     """The loss of PPO over the steps that count, and the numbers to watch.
 
     Neither the loss, nor its gradients, nor the statistics depend on entries that the mask leaves out, whatever
@@ -230,209 +236,667 @@ def ppo_loss(
     with torch.no_grad():
         stats = {"policy_loss": policy_term.detach(), "value_loss": value_term.detach(), "entropy": entropy_term.detach(),
                  "approx_kl": approx_kl(logprobs, old_logprobs, mask),
+                 "approx_kl_k2": approx_kl_k2(logprobs, old_logprobs, mask),
                  "clipfrac": clip_fraction(logprobs, old_logprobs, mask, clip_coef=clip_coef)}
     return loss, stats
 
 # %% ../nbs/05b_ppo.ipynb #6cb6ab91
+class Categorical:
+    "The distribution softmax(logits) over the actions 0 to n - 1."
+
+    def __init__(
+        self,
+        logits: Tensor,  # scores of the actions, (..., n) float
+    ):
+        self.logprobs = logits.log_softmax(-1)
+
+    def sample(
+        self,
+        generator: torch.Generator,  # source of chance
+    ) -> Tensor:                     # actions, (...) long
+        "One action from each distribution."
+        # n clocks that ring after exponential times with rates p: clock i is the first with probability p_i.
+        return (self.logprobs.exp() / torch.empty_like(self.logprobs).exponential_(generator=generator)).argmax(-1)
+
+    def mode(self) -> Tensor:  # actions, (...) long
+        "The likeliest action of each distribution."
+        return self.logprobs.argmax(-1)
+
+    def log_prob(
+        self,
+        actions: Tensor,  # actions taken, (...) long
+    ) -> Tensor:          # (...) float
+        "The log-probability of each action."
+        return self.logprobs.gather(-1, actions[..., None]).squeeze(-1)
+
+    def entropy(self) -> Tensor:  # (...) float, nats, from 0 to log(n)
+        "The entropy of each distribution."
+        return -(self.logprobs.exp() * self.logprobs).sum(-1)
+
+# %% ../nbs/05b_ppo.ipynb #260e9917
+def gaussian_logprob(
+    actions: Tensor,  # actions taken, (..., d) float
+    mean: Tensor,     # mean of each number, (..., d) float
+    log_std: Tensor,  # logarithm of its standard deviation, (d,) or (..., d) float
+) -> Tensor:          # log-density of each action, (...) float
+    """The log-density of the actions under independent normal distributions.
+
+    Source: Huang et al. 2022 (37 details), continuous details 1 and 3.
+    """
+    standard = (actions - mean) * (-log_std).exp()
+    return (-0.5 * standard ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+class Gaussian:
+    "Independent normal distributions over the numbers of an action."
+
+    def __init__(
+        self,
+        mean: Tensor,     # (..., d) float
+        log_std: Tensor,  # (d,) or (..., d) float
+    ):
+        self.mean, self.log_std = mean, log_std
+
+    def sample(
+        self,
+        generator: torch.Generator,  # source of chance
+    ) -> Tensor:                     # actions, (..., d) float; not clipped to what the environment takes
+        "One action from each distribution."
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self) -> Tensor:  # actions, (..., d) float
+        "The likeliest action of each distribution, its mean."
+        return self.mean
+
+    def log_prob(
+        self,
+        actions: Tensor,  # actions taken, (..., d) float
+    ) -> Tensor:          # (...) float
+        "The log-density of each action."
+        return gaussian_logprob(actions, self.mean, self.log_std)
+
+    def entropy(self) -> Tensor:  # (...) float, nats; negative for narrow distributions
+        "The entropy of each distribution."
+        return (self.log_std + 0.5 * (1 + math.log(2 * math.pi))).expand_as(self.mean).sum(-1)
+
+# %% ../nbs/05b_ppo.ipynb #8df26bd4
+class ActorCritic(nn.Module):
+    """A policy and a value function over networks that are passed in.
+
+    Source: Huang et al. 2022 (37 details), details 13 (separate networks) and continuous 2 (log-std without state).
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,               # features -> logits (..., n_actions), or means (..., d)
+        value: nn.Module,                # features -> values (..., 1)
+        log_std: Tensor | None = None,   # initial log standard deviations, (d,), learned; None: actions are counted
+        trunk: nn.Module | None = None,  # observations -> features; None: the observations themselves
+    ):
+        super().__init__()
+        self.policy, self.value, self.trunk = policy, value, nn.Identity() if trunk is None else trunk
+        self.log_std = None if log_std is None else nn.Parameter(log_std.clone())
+
+    def forward(
+        self,
+        observations: Tensor,                          # (B, ...)
+    ) -> tuple[Categorical | Gaussian, Tensor]:        # policy, and values (B,)
+        "The policy at each observation, and the predicted values."
+        features = self.trunk(observations)
+        scores, values = self.policy(features), self.value(features).squeeze(-1)
+        return Categorical(scores) if self.log_std is None else Gaussian(scores, self.log_std), values
+
+# %% ../nbs/05b_ppo.ipynb #1b957b3a
 def orthogonal_layer(
     n_in: int,    # inputs
     n_out: int,   # outputs
     gain: float,  # factor of the orthogonal weight matrix
 ) -> nn.Linear:   # a linear layer, bias 0
-    "A linear layer whose weights start orthogonal times `gain`."
+    """A linear layer whose weights start orthogonal times `gain`.
+
+    Source: Huang et al. 2022 (37 details), detail 2.
+    """
     layer = nn.Linear(n_in, n_out)
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
-# %% ../nbs/05b_ppo.ipynb #8df26bd4
-class ActorCritic(nn.Module):
-    """A policy over discrete actions and a value function, two networks of two hidden layers.
 
-    Source: Huang et al. 2022 (37 details), details 2 (orthogonal weights) and 13 (separate networks).
+def mlp(
+    n_in: int,                                                   # length of an input vector
+    n_out: int,                                                  # length of an output vector
+    out_gain: float,                                             # gain of the last layer
+    width: int = 64,                                             # units in each of two hidden layers
+    layer: Callable[[int, int, float], nn.Module] = orthogonal_layer,  # n_in, n_out, gain -> a linear layer
+) -> nn.Sequential:                                              # (..., n_in) -> (..., n_out)
+    "A network of two hidden layers of tanh units."
+    return nn.Sequential(layer(n_in, width, math.sqrt(2)), nn.Tanh(), layer(width, width, math.sqrt(2)), nn.Tanh(),
+                         layer(width, n_out, out_gain))
+
+
+def make_agent(
+    observation_space: gym.Space,  # of one environment: a Box of one dimension
+    action_space: gym.Space,       # of one environment: Discrete, or a Box of one dimension
+    seed: int = 0,                 # of the weights
+    *,
+    width: int = 64,               # units in each hidden layer
+    layer: Callable[[int, int, float], nn.Module] = orthogonal_layer,  # n_in, n_out, gain -> a linear layer
+    log_std: float = 0.0,          # initial log standard deviation of measured actions
+) -> ActorCritic:                  # with two separate networks
+    """An agent for vector observations and one kind of action.
+
+    Raises: ValueError for spaces that it does not support.
     """
+    check_spaces("make_agent", observation_space, action_space)
+    if len(observation_space.shape) != 1:
+        raise bad_argument("make_agent", "observation_space", "a Box of one dimension", observation_space,
+                           "build `ActorCritic` from a network of your own, a convolutional one for images")
+    n_in, counted = observation_space.shape[0], isinstance(action_space, gym.spaces.Discrete)
+    n_out = int(action_space.n) if counted else action_space.shape[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy, value = mlp(n_in, n_out, 0.01, width, layer), mlp(n_in, 1, 1.0, width, layer)
+    return ActorCritic(policy, value, None if counted else torch.full((n_out,), log_std))
 
-    def __init__(
-        self,
-        n_observations: int,  # length of an observation vector
-        n_actions: int,       # number of actions
-        width: int = 64,      # units in each hidden layer
-    ):
-        super().__init__()
-        network = lambda n_out, gain: nn.Sequential(
-            orthogonal_layer(n_observations, width, math.sqrt(2)), nn.Tanh(),
-            orthogonal_layer(width, width, math.sqrt(2)), nn.Tanh(), orthogonal_layer(width, n_out, gain))
-        self.policy, self.value = network(n_actions, 0.01), network(1, 1.0)
 
-    def forward(
-        self,
-        observations: Tensor,       # (..., n_observations) float
-    ) -> tuple[Tensor, Tensor]:     # logits (..., n_actions) and values (...)
-        "The logits of the actions and the predicted values."
-        return self.policy(observations), self.value(observations).squeeze(-1)
+def check_spaces(
+    function: str,                 # name of the function that asks
+    observation_space: gym.Space,  # of one environment
+    action_space: gym.Space,       # of one environment
+) -> None:                         # nothing when both are supported
+    "Nothing, after checking that observations are arrays, and actions one number or one vector of numbers."
+    advice = {gym.spaces.Dict: "use `gymnasium.wrappers.FlattenObservation`", gym.spaces.Tuple: "use `gymnasium.wrappers.FlattenObservation`",
+              gym.spaces.Discrete: "use `gymnasium.wrappers.FlattenObservation`, which makes it one-hot"}
+    if not isinstance(observation_space, gym.spaces.Box):
+        raise bad_argument(function, "observation_space", "a Box", f"{observation_space}, which is not supported",
+                           advice.get(type(observation_space), "turn it into a Box with `gymnasium.wrappers.TransformObservation`"))
+    measured = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    if not measured and not isinstance(action_space, gym.spaces.Discrete):
+        raise bad_argument(function, "action_space", "Discrete or a Box of one dimension", f"{action_space}, which is not supported",
+                           "use `gymnasium.wrappers.TransformAction` to number the combinations of several choices in one Discrete space")
 
 # %% ../nbs/05b_ppo.ipynb #1a3e18a6
-def logprobs_and_entropy(
-    logits: Tensor,           # scores of the actions, (..., n_actions) float
-    actions: Tensor,          # the actions taken, (...) long
-) -> tuple[Tensor, Tensor]:   # log-probability of each, and entropy of each distribution in nats, both (...)
-    "The log-probabilities of the actions and the entropies under softmax(logits). Equal logits have entropy log(n_actions)."
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, actions[..., None]).squeeze(-1), entropy
-
-# %% ../nbs/05b_ppo.ipynb #499b48e9
 @dataclass(frozen=True)
 class PPOConfig:
     """The settings of PPO. The defaults suit 64 environments of CartPole-v1.
 
     Raises: ValueError for a setting outside its range.
+    Source: Schulman et al. 2017, tables 3 and 5; Huang et al. 2022 (37 details).
     """
 
-    total_steps: int = 120_000    # environment steps, resets included
-    n_steps: int = 32             # steps of each environment in a rollout
-    n_epochs: int = 10            # passes over each rollout
-    n_minibatches: int = 4        # equal parts of a rollout, one gradient step each
-    learning_rate: float = 2e-3   # at the start; falls linearly to 0 (37 details, detail 4)
-    gamma: float = 0.99           # discount
-    gae_lambda: float = 0.95      # GAE's lambda
-    clip_coef: float = 0.2        # clip range of the ratio (the paper's)
-    vf_coef: float = 0.5          # weight of the value loss
-    ent_coef: float = 0.0         # weight of the entropy bonus (the paper's for control)
-    vf_clip_coef: float | None = None  # clip range of the values, None: no clip
-    max_grad_norm: float = 0.5    # gradients longer than this are shortened (37 details, detail 11)
+    total_steps: int = 120_000          # environment steps, resets included
+    n_steps: int = 32                   # steps of each environment in a rollout
+    n_epochs: int = 10                  # passes over each rollout, at most
+    n_minibatches: int = 4              # parts of a rollout, equal up to one row, a gradient step each (detail 6)
+    learning_rate: float = 2e-3         # Adam's, at the start
+    anneal_learning_rate: bool = True   # whether it falls linearly to 0 over the run (detail 4)
+    gamma: float = 0.99                 # discount of rewards, in [0, 1]
+    gae_lambda: float = 0.95            # GAE's lambda, in [0, 1] (detail 5)
+    clip_coef: float = 0.2              # clip range of the ratio, at the start (the paper's)
+    anneal_clip: bool = False           # whether it falls linearly to 0 over the run (the paper's for Atari)
+    vf_coef: float = 0.5                # weight of the value loss
+    vf_clip_coef: float | None = None   # clip range of the values, in units of value; None: no clip (detail 9)
+    ent_coef: float = 0.0               # weight of the entropy bonus, in units of advantage a nat (detail 10)
+    max_grad_norm: float = 0.5          # gradients longer than this are shortened to it (detail 11)
+    target_kl: float | None = None      # nats: no further pass once a pass has moved farther than this; None: all passes
 
     def __post_init__(self):
-        for name in ("total_steps", "n_steps", "n_epochs", "n_minibatches", "learning_rate", "clip_coef", "max_grad_norm"):
+        for name in ("total_steps", "n_steps", "n_epochs", "n_minibatches"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise bad_argument("PPOConfig", name, "a whole number from 1 on", getattr(self, name), "count something")
+        for name in ("learning_rate", "clip_coef", "max_grad_norm"):
             check_positive("PPOConfig", name, getattr(self, name), "the defaults suit CartPole-v1")
+        for name in ("vf_clip_coef", "target_kl"):
+            if getattr(self, name) is not None:
+                check_positive("PPOConfig", name, getattr(self, name), "`None` switches it off")
         for name in ("gamma", "gae_lambda"):
             check_fraction("PPOConfig", name, getattr(self, name))
 
+
+def annealed(
+    config: PPOConfig,  # settings at the start of a run
+    progress: float,    # share of the run that is over, in [0, 1)
+) -> PPOConfig:         # settings for now
+    "The settings after a share of the run: what is annealed has come down by that share."
+    left = 1 - progress
+    return replace(config, learning_rate=config.learning_rate * (left if config.anneal_learning_rate else 1),
+                   clip_coef=config.clip_coef * (left if config.anneal_clip else 1))
+
 # %% ../nbs/05b_ppo.ipynb #c4585b15
+def combine_moments(
+    mean: np.ndarray,            # mean of the old numbers, (...) float64
+    variance: np.ndarray,        # their variance (divided by n), (...) float64
+    count: int,                  # how many there are, 0 or more
+    batch: np.ndarray,           # new ones, (B, ...) with B >= 1
+) -> tuple[np.ndarray, np.ndarray, int]:  # mean, variance and count of all
+    """The mean, the variance (divided by n) and the number of old and new numbers together.
+
+    `count=0` gives the moments of the batch, whatever the old ones say.
+
+    Source: Chan, Golub and LeVeque 1979, eq. 2.1.
+    """
+    batch = np.asarray(batch, dtype=np.float64)
+    total, share = count + len(batch), len(batch) / (count + len(batch))
+    delta = batch.mean(axis=0) - mean
+    return (mean + delta * share,
+            (1 - share) * variance + share * batch.var(axis=0) + delta ** 2 * share * (1 - share), total)
+
+
+class RunningMoments:
+    "The mean and variance of all arrays seen so far, in double precision."
+
+    def __init__(
+        self,
+        shape: tuple[int, ...] = (),  # of one array
+    ):
+        self.mean, self.variance, self.count = np.zeros(shape), np.ones(shape), 0
+
+    def update(
+        self,
+        batch: np.ndarray,  # new arrays, (B, ...); B may be 0
+    ) -> None:              # changes the moments
+        "Take new arrays into the moments."
+        if len(batch):
+            self.mean, self.variance, self.count = combine_moments(self.mean, self.variance, self.count, batch)
+
+    def normalize(
+        self,
+        x: np.ndarray,       # arrays, (..., *shape)
+        limit: float = 10.0, # largest absolute value of the result (37 details, continuous 5 and 6)
+    ) -> np.ndarray:         # the same with mean 0 and variance 1, clipped, (..., *shape) float32
+        "The arrays in units of the running standard deviation from the running mean; the moments stay as they are."
+        return ((x - self.mean) / np.sqrt(self.variance + 1e-8)).clip(-limit, limit).astype(np.float32)
+
+
+class FrozenMoments(RunningMoments):
+    "The moments as they are now: they normalise and do not learn, as evaluation wants it."
+
+    def __init__(
+        self,
+        moments: RunningMoments,  # of the training
+    ):
+        self.mean, self.variance, self.count = moments.mean, moments.variance, moments.count
+
+    def update(self, batch: np.ndarray) -> None:
+        "Nothing."
+
+
+class RewardScaler:
+    """Divides rewards by the running standard deviation of the discounted return that they add up to.
+
+    The mean is not taken away: that would pay for ending an episode early, or for never ending it.
+
+    Source: Huang et al. 2022 (37 details), continuous details 7 and 8; Engstrom et al. 2020.
+    """
+
+    def __init__(
+        self,
+        n_envs: int,          # N
+        gamma: float = 0.99,  # discount of the return, in [0, 1]
+    ):
+        check_fraction("RewardScaler", "gamma", gamma)
+        self.gamma, self.moments, self.returns = gamma, RunningMoments(), np.zeros(n_envs)
+
+    def scale(
+        self,
+        rewards: np.ndarray,  # of one step, (N,)
+        done: np.ndarray,     # whether it ended an episode, (N,) bool
+        mask: np.ndarray,     # False: the step only reset its environment, (N,) bool
+        limit: float = 10.0,  # largest absolute value of the result
+    ) -> np.ndarray:          # scaled rewards, (N,) float64
+        "The rewards of one step over the standard deviation so far; takes them into it."
+        self.returns = self.gamma * self.returns + rewards
+        self.moments.update(self.returns[mask])
+        self.returns[done] = 0.0
+        return (rewards / np.sqrt(self.moments.variance + 1e-8)).clip(-limit, limit)
+
+# %% ../nbs/05b_ppo.ipynb #c60745c5
+class Stream:
+    "N environments, and all that is carried from one rollout to the next."
+
+    def __init__(
+        self,
+        envs: VectorEnv,                                 # N environments that reset themselves
+        observation_norm: RunningMoments | None = None,  # normalises observations; None: they stay as they are
+        reward_scaler: RewardScaler | None = None,       # scales rewards; None: they stay as they are
+        device: torch.device | str = "cpu",              # where the tensors shall be
+    ):
+        check_spaces("Stream", envs.single_observation_space, envs.single_action_space)
+        mode = envs.metadata.get("autoreset_mode")
+        if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
+            raise bad_argument("Stream", "envs", "in next-step or same-step autoreset mode", mode,
+                               "make them with `autoreset_mode=AutoresetMode.NEXT_STEP`")
+        self.envs, self.observation_norm, self.reward_scaler, self.device = envs, observation_norm, reward_scaler, device
+        self.same_step = mode == AutoresetMode.SAME_STEP
+        self.n_steps, self.n_episodes, self.episodes = 0, 0, deque(maxlen=100)  # the last (return, length), unscaled
+
+    def reset(
+        self,
+        seed: int,  # of the environments
+    ) -> None:      # changes the stream
+        "Begin a new episode in every environment; those under way are forgotten."
+        n_envs = self.envs.num_envs
+        self.resetting, self.returns, self.lengths = np.zeros(n_envs, bool), np.zeros(n_envs), np.zeros(n_envs, int)
+        if self.reward_scaler is not None:
+            self.reward_scaler.returns = np.zeros(n_envs)
+        self.observations = self._seen(self.envs.reset(seed=seed)[0])
+
+    def step(
+        self,
+        actions: Tensor,           # one for each environment, as the policy drew them, (N,) long or (N, d) float
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:  # (rewards, terminated, done, mask), each (N,); final observations
+        """What one step brought, and in same-step mode the final observations of the episodes that ended, in order.
+
+        Raises: ValueError for a reward that is not finite; RuntimeError for an environment that raised.
+        """
+        try:
+            observations, rewards, terminated, truncated, infos = self.envs.step(to_environment(actions, self.envs.single_action_space))
+        except Exception as error:
+            raise RuntimeError(f"{failed_environment(error)} raised {type(error).__name__} in step {self.n_steps // self.envs.num_envs}: "
+                               f"{error}; mend it, or catch the error in a wrapper that ends the episode") from error
+        if not np.isfinite(rewards).all():
+            bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+            raise bad_argument("Stream.step", "rewards", "finite", f"{rewards[bad]} from environment {bad} in step "
+                               f"{self.n_steps // self.envs.num_envs}", "look for a division by zero in its reward")
+        mask, done = ~self.resetting, terminated | truncated
+        self._count(rewards, done, mask)
+        if self.reward_scaler is not None:
+            rewards = self.reward_scaler.scale(rewards, done, mask)
+        self.observations, final = self._seen(observations), None
+        if self.same_step and done.any():
+            final = self._tensor(self._normalized(np.stack(list(infos["final_obs"][done]))))
+        self.resetting = np.zeros_like(done) if self.same_step else done
+        return tuple(self._tensor(column) for column in (rewards.astype(np.float32), terminated, done, mask)), final
+
+    def _count(self, rewards: np.ndarray, done: np.ndarray, mask: np.ndarray) -> None:
+        "Keep the return and length of each episode."
+        self.returns += rewards * mask
+        self.lengths += mask
+        for i in np.flatnonzero(done):
+            if self.lengths[i]:  # else the environment ended in the step that reset it
+                self.n_episodes += 1
+                self.episodes.append((float(self.returns[i]), int(self.lengths[i])))
+        self.returns[done], self.lengths[done] = 0.0, 0
+        self.n_steps += len(done)
+
+    def _seen(self, observations: np.ndarray) -> Tensor:
+        "The observations as the agent sees them; the statistics learn from them."
+        if self.observation_norm is not None:
+            self.observation_norm.update(observations)
+        return self._tensor(self._normalized(observations))
+
+    def _normalized(self, observations: np.ndarray) -> np.ndarray:
+        "The observations as the agent sees them."
+        return observations if self.observation_norm is None else self.observation_norm.normalize(observations)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        "A copy as a tensor: some environments write their next observation over the last one."
+        kept = array.dtype in (np.bool_, np.uint8)  # an image stays in bytes until the network reads it
+        return torch.tensor(array, dtype=None if kept else torch.float32, device=self.device)
+
+
+def to_environment(
+    actions: Tensor,          # as the policy drew them, (N,) long or (N, d) float
+    action_space: gym.Space,  # of one environment
+) -> np.ndarray:              # as the environment takes them, same shape
+    "The actions counted from where the space begins, or clipped to its bounds."
+    actions = actions.cpu().numpy()
+    if isinstance(action_space, gym.spaces.Box):
+        return actions.clip(action_space.low, action_space.high).astype(action_space.dtype)
+    return actions + action_space.start
+
+
+def failed_environment(
+    error: BaseException,  # what `envs.step` raised
+) -> str:                  # "environment 3", or "an environment" where it cannot be told
+    "The name of the environment that raised, found in the frames of gymnasium's vector environments."
+    frames, trace = [], error.__traceback__
+    while trace:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    names = {"step": "i", "_raise_if_errors": "index"}  # of SyncVectorEnv and AsyncVectorEnv
+    for frame in frames:
+        index = frame.f_locals.get(names.get(frame.f_code.co_name, ""))
+        if isinstance(frame.f_locals.get("self"), VectorEnv) and isinstance(index, int):
+            return f"environment {index}"
+    return "an environment"
+
+# %% ../nbs/05b_ppo.ipynb #7b67c382
 class Rollout(NamedTuple):
     "What a rollout keeps, time first."
 
-    observations: Tensor  # before each step, (T, N, ...) float
-    actions: Tensor       # taken, (T, N) long
-    logprobs: Tensor      # of the actions when they were taken, (T, N) float
+    observations: Tensor  # before each step, (T, N, ...) float, or uint8 for images
+    actions: Tensor       # drawn, (T, N) long or (T, N, d) float
+    logprobs: Tensor      # of the actions when they were drawn, (T, N) float
     values: Tensor        # predicted before each step, (T, N) float
-    next_values: Tensor   # predicted after each step, (T, N) float
+    next_values: Tensor   # predicted after each step, of the final observation at an end, (T, N) float
     rewards: Tensor       # after each step, (T, N) float
     terminated: Tensor    # the episode ended in a final state, (T, N) bool
     done: Tensor          # terminated or truncated, (T, N) bool
     mask: Tensor          # False: the step only reset its environment, (T, N) bool
 
-# %% ../nbs/05b_ppo.ipynb #c60745c5
+
 @torch.no_grad()
 def rollout(
-    envs: gym.vector.VectorEnv,            # N environments with next-step autoreset
-    agent: nn.Module,                      # observations -> logits, values
-    observations: np.ndarray,              # current observations, (N, ...) float
-    previous_done: np.ndarray,             # whether the step before ended an episode, (N,) bool
-    n_steps: int,                          # steps of each environment
-    generator: torch.Generator,            # source of the actions
-) -> tuple[Rollout, np.ndarray, np.ndarray]:  # experience, and the next `observations` and `previous_done`
-    """The experience of `n_steps` steps of every environment under the agent's policy.
-
-    Raises: ValueError for environments that do not reset on the next step.
-    """
-    if envs.metadata.get("autoreset_mode") != gym.vector.AutoresetMode.NEXT_STEP:
-        raise bad_argument("rollout", "envs", "in next-step autoreset mode", envs.metadata.get("autoreset_mode"),
-                           "make them with `autoreset_mode=AutoresetMode.NEXT_STEP`")
-    rows = []
+    stream: Stream,              # environments, moved on in place
+    agent: nn.Module,            # observations -> policy, values
+    n_steps: int,                # T, steps of each environment
+    generator: torch.Generator,  # source of the actions
+) -> Rollout:                    # experience
+    "The experience of `n_steps` steps of every environment under the agent's policy."
+    rows, finals = [], []
     for _ in range(n_steps):
-        seen = torch.from_numpy(observations)
-        logits, values = agent(seen)
-        actions = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
-        logprobs, _ = logprobs_and_entropy(logits, actions)
-        observations, rewards, terminated, truncated, _ = envs.step(actions.numpy())
-        done = terminated | truncated
-        rows.append((seen, actions, logprobs, values, torch.from_numpy(rewards).float(),
-                     torch.tensor(terminated), torch.tensor(done), torch.tensor(~previous_done)))
-        previous_done = done
-    seen, actions, logprobs, values, rewards, terminated, done, mask = (torch.stack(row) for row in zip(*rows, strict=True))
-    next_values = torch.cat([values[1:], agent(torch.from_numpy(observations))[1][None]])
-    return Rollout(seen, actions, logprobs, values, next_values, rewards, terminated, done, mask), observations, previous_done
+        observations = stream.observations
+        policy, values = agent(observations)
+        actions = policy.sample(generator)
+        outcome, final = stream.step(actions)
+        rows.append((observations, actions, policy.log_prob(actions), values, *outcome))
+        finals += [] if final is None else [final]
+    observations, actions, logprobs, values, rewards, terminated, done, mask = map(torch.stack, zip(*rows, strict=True))
+    next_values = torch.cat([values[1:], agent(stream.observations)[1][None]])
+    if finals:
+        next_values[done] = agent(torch.cat(finals))[1]
+    return Rollout(observations, actions, logprobs, values, next_values, rewards, terminated, done, mask)
 
 # %% ../nbs/05b_ppo.ipynb #59aae37f
+class Batch(NamedTuple):
+    "The steps of a rollout that count, in no order; what `ppo_loss` asks for."
+
+    observations: Tensor  # (B, ...)
+    actions: Tensor       # (B,) long or (B, d) float
+    old_logprobs: Tensor  # (B,) float
+    advantages: Tensor    # (B,) float
+    old_values: Tensor    # (B,) float
+    returns: Tensor       # (B,) float
+
+
+def shuffled_minibatches(
+    n_rows: int,                 # rows of the batch
+    n_minibatches: int,          # parts
+    generator: torch.Generator,  # source of the order
+) -> Iterator[Tensor]:           # row numbers of each part, long
+    "The row numbers in random order, in parts that are equal up to one row; fewer parts where there are fewer rows."
+    order = torch.randperm(n_rows, generator=generator, device=generator.device)
+    yield from order.tensor_split(min(n_minibatches, n_rows))
+
+
 def update(
-    agent: nn.Module,                  # observations -> logits, values; changed in place
+    agent: nn.Module,                  # observations -> policy, values; changed in place
     optimizer: torch.optim.Optimizer,  # of the agent's parameters
     experience: Rollout,               # what the agent has just gathered
-    config: PPOConfig,                 # settings
+    config: PPOConfig,                 # settings for now
     generator: torch.Generator,        # source of the shuffling
-) -> dict[str, float]:                 # means over the minibatches of what `ppo_loss` reports, and explained_variance
-    "The statistics of `n_epochs` passes of PPO over one rollout, after which the agent has changed."
-    mask = experience.mask
-    advantages, returns = compute_gae(experience.rewards, experience.values, experience.next_values, experience.terminated,
-                                      experience.done, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-    columns = (experience.observations, experience.actions, experience.logprobs, advantages, experience.values, returns)
-    columns = [column[mask] for column in columns]
-    history = []
+    *,
+    advantage_fn: Callable = compute_gae,               # as `compute_gae`
+    normalize_fn: Callable = normalize_advantages,      # as `normalize_advantages`
+    loss_fn: Callable = ppo_loss,                       # as `ppo_loss`
+    minibatch_fn: Callable = shuffled_minibatches,      # as `shuffled_minibatches`
+) -> dict[str, float]:  # means over the gradient steps of what `loss_fn` reports; also grad_norm and facts about the rollout
+    """The statistics of `n_epochs` passes of PPO over one rollout, after which the agent has changed.
+
+    Raises: ValueError for a rollout without a step that counts.
+    Source: Schulman et al. 2017, algorithm 1.
+    """
+    batch, facts = prepare(experience, config, advantage_fn)
+    parameters, steps = list(agent.parameters()), []
+    optimizer.param_groups[0]["lr"] = config.learning_rate
     for _ in range(config.n_epochs):
-        for rows in torch.randperm(int(mask.sum()), generator=generator).tensor_split(config.n_minibatches):
-            observations, actions, old_logprobs, advantages, old_values, returns = (column[rows] for column in columns)
-            logits, values = agent(observations)
-            logprobs, entropy = logprobs_and_entropy(logits, actions)
-            loss, stats = ppo_loss(logprobs, old_logprobs, normalize_advantages(advantages), values, old_values, returns,
-                                   entropy, clip_coef=config.clip_coef, vf_coef=config.vf_coef, ent_coef=config.ent_coef,
-                                   vf_clip_coef=config.vf_clip_coef)
+        first = len(steps)
+        for rows in minibatch_fn(len(batch.actions), config.n_minibatches, generator):
+            part = Batch(*(column[rows] for column in batch))
+            policy, values = agent(part.observations)
+            loss, stats = loss_fn(policy.log_prob(part.actions), part.old_logprobs, normalize_fn(part.advantages), values,
+                                  part.old_values, part.returns, policy.entropy(), clip_coef=config.clip_coef,
+                                  vf_coef=config.vf_coef, ent_coef=config.ent_coef, vf_clip_coef=config.vf_clip_coef)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(agent.parameters(), config.max_grad_norm)
+            stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
-            history.append(torch.stack(list(stats.values())))
-    means = dict(zip(stats, torch.stack(history).mean(0).tolist(), strict=True))
-    return means | {"explained_variance": explained_variance(columns[4], columns[5]).item()}
+            steps.append(torch.stack(list(stats.values())))
+        moved = torch.stack(steps[first:])[:, list(stats).index("approx_kl")].mean()
+        if config.target_kl is not None and moved > config.target_kl:
+            break
+    return dict(zip(stats, torch.stack(steps).mean(0).tolist(), strict=True)) | facts
+
+
+def prepare(
+    experience: Rollout,              # what the agent has just gathered
+    config: PPOConfig,                # settings
+    advantage_fn: Callable = compute_gae,  # as `compute_gae`
+) -> tuple[Batch, dict[str, float]]:  # the steps that count; explained_variance, advantage_mean and advantage_std
+    """The steps that count with their advantages and returns, and three facts about them.
+
+    Raises: ValueError for a rollout without a step that counts.
+    """
+    mask = experience.mask
+    if not mask.any():
+        raise bad_argument("prepare", "experience", "with at least one step that counts", "none",
+                           "an environment that ends in every step that resets it has no transitions")
+    advantages, returns = advantage_fn(experience.rewards, experience.values, experience.next_values, experience.terminated,
+                                       experience.done, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    columns = (experience.observations, experience.actions, experience.logprobs, advantages, experience.values, returns)
+    batch = Batch(*(column[mask] for column in columns))
+    facts = {"explained_variance": explained_variance(batch.old_values, batch.returns),
+             "advantage_mean": batch.advantages.mean(), "advantage_std": masked_variance(batch.advantages).sqrt()}
+    return batch, dict(zip(facts, torch.stack(list(facts.values())).tolist(), strict=True))
 
 # %% ../nbs/05b_ppo.ipynb #95b1e812
-def finished_returns(
-    experience: Rollout,  # rewards and ends, (T, N)
-    running: Tensor,      # return so far of the episode that is under way, (N,) float; updated in place
-) -> list[float]:         # returns of the episodes that ended, oldest first
-    "The undiscounted returns of the episodes that ended in this rollout."
-    finished = []
-    for rewards, done in zip(experience.rewards, experience.done, strict=True):
-        running += rewards
-        finished += running[done].tolist()
-        running[done] = 0.0
-    return finished
-
-
 def train(
-    agent: nn.Module,             # observations -> logits, values; changed in place
-    envs: gym.vector.VectorEnv,   # N environments with next-step autoreset
-    config: PPOConfig,            # settings
-    seed: int = 0,                # of environments, actions and shuffling
-) -> list[dict[str, float]]:      # a row an update: steps, return_mean (last 100 episodes) and what `update` reports
-    "The history of training the agent by PPO."
-    generator = torch.Generator().manual_seed(seed)
+    agent: nn.Module,                                # observations -> policy, values; changed in place
+    envs: VectorEnv,                                 # N environments that reset themselves
+    config: PPOConfig,                               # settings
+    seed: int = 0,                                   # of environments, actions and shuffling
+    *,
+    observation_norm: RunningMoments | None = None,  # normalises observations, learns in place
+    reward_scaler: RewardScaler | None = None,       # scales rewards, learns in place
+    rollout_fn: Callable = rollout,                  # as `rollout`
+    update_fn: Callable = update,                    # as `update`, of which `functools.partial` exchanges parts
+    callback: Callable | None = None,                # agent, history -> True to stop; called after each update
+) -> list[dict[str, float]]:                         # a row an update: what `progress_row` and `update` report
+    """The history of training the agent by PPO.
+
+    Raises: what an environment raises, and ValueError for spaces or rewards that do not fit; all environments are closed then.
+    Source: Schulman et al. 2017, algorithm 1.
+    """
+    stream, history = Stream(envs, observation_norm, reward_scaler, device_of(agent)), []
+    generator = torch.Generator(stream.device).manual_seed(seed)
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
-    observations, _ = envs.reset(seed=seed)
-    previous_done, running = np.zeros(envs.num_envs, dtype=bool), torch.zeros(envs.num_envs)
-    steps_each = config.n_steps * envs.num_envs
-    n_updates, episodes, history = config.total_steps // steps_each, [], []
-    for i in range(n_updates):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - i / n_updates)
-        experience, observations, previous_done = rollout(envs, agent, observations, previous_done, config.n_steps, generator)
-        stats = update(agent, optimizer, experience, config, generator)
-        episodes = (episodes + finished_returns(experience, running))[-100:]
-        history.append({"steps": (i + 1) * steps_each, "return_mean": float(np.mean(episodes or [np.nan]))} | stats)
+    n_updates = max(1, config.total_steps // (config.n_steps * envs.num_envs))
+    with closed_on_error(envs):
+        stream.reset(seed)
+        check_fit(agent, stream)
+        for i in range(n_updates):
+            started, now = time.perf_counter(), annealed(config, i / n_updates)
+            experience = rollout_fn(stream, agent, config.n_steps, generator)
+            stats = update_fn(agent, optimizer, experience, now, generator)
+            history.append(progress_row(stream, now, history, time.perf_counter() - started) | stats)
+            if callback is not None and callback(agent, history):
+                break
     return history
 
-# %% ../nbs/05b_ppo.ipynb #81b8c00d
+
+def device_of(
+    agent: Callable,    # a module, or any function of observations
+) -> torch.device:      # where it computes
+    "The device of the agent's parameters, the processor where it has none."
+    return next((p.device for p in agent.parameters()), torch.device("cpu")) if isinstance(agent, nn.Module) else torch.device("cpu")
+
+
+def progress_row(
+    stream: Stream,                   # after a rollout
+    config: PPOConfig,                # settings of the update
+    history: list[dict[str, float]],  # rows so far
+    seconds: float,                   # what rollout and update took
+) -> dict[str, float]:                # steps, episodes, return_mean, length_mean, learning_rate, seconds, steps_per_second
+    "How far training is; means are over the last 100 episodes (NaN before the first), seconds add up."
+    steps_before, seconds_before = (history[-1]["steps"], history[-1]["seconds"]) if history else (0, 0.0)
+    return_mean, length_mean = np.mean(stream.episodes, axis=0).tolist() if stream.episodes else (math.nan, math.nan)
+    return {"steps": stream.n_steps, "episodes": stream.n_episodes, "return_mean": return_mean, "length_mean": length_mean,
+            "learning_rate": config.learning_rate, "clip_coef": config.clip_coef, "seconds": seconds_before + seconds,
+            "steps_per_second": (stream.n_steps - steps_before) / seconds}
+
+
+@torch.no_grad()
+def check_fit(
+    agent: nn.Module,  # observations -> policy, values
+    stream: Stream,    # after a reset
+) -> None:             # nothing when all is well
+    "Nothing, after checking that the agent takes the observations of these environments and its actions fit them."
+    space, n_envs = stream.envs.single_action_space, stream.envs.num_envs
+    try:
+        policy, values = agent(stream.observations)
+    except RuntimeError as error:
+        raise bad_argument("train", "agent", f"able to read observations of shape {stream.envs.single_observation_space.shape}",
+                           f"the error {error}", "make it for the spaces of `envs`") from error
+    counted = isinstance(space, gym.spaces.Discrete)
+    shape = tuple((policy.logprobs if isinstance(policy, Categorical) else policy.mode()).shape)
+    expected = (n_envs, int(space.n)) if counted else (n_envs, *space.shape)
+    if counted != isinstance(policy, Categorical) or shape != expected:
+        raise bad_argument("train", "agent", f"a policy over {space}", f"{type(policy).__name__} of shape {shape}",
+                           "make it for the spaces of `envs`")
+    if tuple(values.shape) != (n_envs,):
+        raise bad_argument("train", "agent", f"with values of shape {(n_envs,)}", tuple(values.shape), "use `.squeeze(-1)`")
+
+
+@contextlib.contextmanager
+def closed_on_error(
+    envs: VectorEnv,    # environments, perhaps in processes of their own
+) -> Iterator[None]:    # a context
+    "A context that closes the environments when it is left by an error or by Ctrl-C, and ends their processes."
+    try:
+        yield
+    except BaseException:
+        processes = getattr(envs.unwrapped, "processes", [])
+        with contextlib.suppress(Exception, KeyboardInterrupt):  # the first error is the one to tell
+            envs.close(**({"timeout": 2} if processes else {}))
+        for process in processes:
+            process.terminate()
+            process.join()
+        raise
+
+# %% ../nbs/05b_ppo.ipynb #ba0e1028
 @torch.no_grad()
 def evaluate(
-    agent: Callable[[Tensor], tuple],  # observations -> logits, values
-    envs: gym.vector.VectorEnv,        # N environments, each plays one episode
-    seed: int,                         # of the environments; another than in training
-) -> Tensor:                           # undiscounted return of the first episode of each, (N,) float
-    "The returns of one greedy episode in each environment."
-    observations, _ = envs.reset(seed=seed)
-    returns, running = torch.zeros(envs.num_envs), torch.ones(envs.num_envs, dtype=torch.bool)
-    while running.any():
-        actions = agent(torch.from_numpy(observations))[0].argmax(-1)
-        observations, rewards, terminated, truncated, _ = envs.step(actions.numpy())
-        returns += torch.where(running, torch.from_numpy(rewards).float(), 0.0)
-        running &= torch.from_numpy(~(terminated | truncated))
+    agent: Callable[[Tensor], tuple],                # observations -> policy, values
+    envs: VectorEnv,                                 # N environments
+    seed: int,                                       # of the environments; another than in training
+    n_episodes: int = 1,                             # episodes of each environment
+    *,
+    observation_norm: RunningMoments | None = None,  # that of the training; it does not learn here
+    act: Callable = lambda policy: policy.mode(),    # policy -> actions
+) -> Tensor:                                         # undiscounted returns, (n_episodes, N) float
+    """The returns of the first episodes of every environment, the likeliest action taken.
+
+    Every environment plays equally many, so that short episodes are not counted more often than long ones.
+    """
+    with closed_on_error(envs):
+        stream = Stream(envs, None if observation_norm is None else FrozenMoments(observation_norm), device=device_of(agent))
+        stream.reset(seed)
+        returns, played = torch.zeros(n_episodes, envs.num_envs), torch.zeros(envs.num_envs, dtype=torch.long)
+        while (playing := played < n_episodes).any():
+            (rewards, _, done, mask), _ = stream.step(act(agent(stream.observations)[0]))
+            rows = torch.arange(envs.num_envs)[playing]
+            returns[played[rows], rows] += (rewards * mask).cpu()[rows]
+            played += (done & mask).cpu()
     return returns
