@@ -6,10 +6,15 @@
 __all__ = ['PPO_EXERCISES']
 
 # %% ../nbs/93a_bank_ppo.ipynb #99b0e19d
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .checks import Call, Exercise, call
+from .policy_gradient import masked_mean, zero_masked
+from .ppo import masked_variance
 
 # %% ../nbs/93a_bank_ppo.ipynb #8c41ea4f
 def _trace(terms: Tensor, carry: Tensor, forward: bool = False) -> Tensor:
@@ -40,7 +45,7 @@ def _flags(*shape: int, seed: int, share: float) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def _noise(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     "Normal numbers that depend on the seed alone."
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -48,11 +53,11 @@ def _normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tenso
 def _returns_probes() -> list[Call]:
     "Ends in the middle, none, all; masked steps with and without NaN; gamma from 0 to 1."
     done, mask = _flags(7, 3, seed=1, share=0.3), ~_flags(7, 3, seed=2, share=0.3)
-    rewards = _normal(7, 3, seed=3)
-    return [call(rewards, done, gamma=0.5), call(_normal(4, 2, seed=4), torch.zeros(4, 2, dtype=torch.bool)),
-            call(_normal(6, 1, seed=5, dtype=torch.float64), _flags(6, 1, seed=6, share=0.4), gamma=0.9), call(rewards, done, mask, gamma=0.8),
+    rewards = _noise(7, 3, seed=3)
+    return [call(rewards, done, gamma=0.5), call(_noise(4, 2, seed=4), torch.zeros(4, 2, dtype=torch.bool)),
+            call(_noise(6, 1, seed=5, dtype=torch.float64), _flags(6, 1, seed=6, share=0.4), gamma=0.9), call(rewards, done, mask, gamma=0.8),
             call(rewards, ~done, gamma=1.0), call(torch.where(mask, rewards, torch.nan), done, mask, gamma=0.7), call(rewards, done, gamma=0.0),
-            call(_normal(1, 2, seed=7), torch.tensor([[True, False]]), gamma=0.5)]
+            call(_noise(1, 2, seed=7), torch.tensor([[True, False]]), gamma=0.5)]
 
 
 _DISCOUNTED_RETURNS = Exercise("rlhf_course.policy_gradient:discounted_returns", _returns_probes, (
@@ -87,7 +92,7 @@ _DISCOUNTED_RETURNS = Exercise("rlhf_course.policy_gradient:discounted_returns",
 # %% ../nbs/93a_bank_ppo.ipynb #c57e86ea
 def _gae_batch(shape: tuple[int, int], seed: int, ends: float = 0.2, gaps: float = 0.0, junk: float | None = None) -> list[Tensor]:
     "Rewards, values, next values, terminated, done and mask."
-    rewards, values, finals = (_normal(*shape, seed=seed + i) for i in range(3))
+    rewards, values, finals = (_noise(*shape, seed=seed + i) for i in range(3))
     terminated, truncated, mask = _flags(*shape, seed=seed + 3, share=ends), _flags(*shape, seed=seed + 4, share=ends), ~_flags(*shape, seed=seed + 5, share=gaps)
     done = terminated | truncated
     next_values = torch.where(done, finals, _up(values, finals[-1]))
@@ -195,9 +200,9 @@ _REAL_STEPS = Exercise("rlhf_course.policy_gradient:real_steps", _real_steps_pro
 # %% ../nbs/93a_bank_ppo.ipynb #553cf4b4
 def _following_probes() -> list[Call]:
     "Both modes; an end in the last row; NaN where a final value is not to be read; one row."
-    values, finals, done = _normal(6, 3, seed=1), _normal(6, 3, seed=2), _flags(6, 3, seed=3, share=0.35)
+    values, finals, done = _noise(6, 3, seed=1), _noise(6, 3, seed=2), _flags(6, 3, seed=3, share=0.35)
     done[-1] = torch.tensor([True, False, True])
-    last = _normal(3, seed=4)
+    last = _noise(3, seed=4)
     return [call(values, last, done), call(values, last, done, finals), call(values, last, done, torch.where(done, finals, torch.nan)),
             call(values[:1], last, done[-1:], finals[:1]), call(values[:4], last, torch.zeros(4, 3, dtype=torch.bool)),
             call(values.double(), last.double(), ~done, finals.double())]
@@ -236,7 +241,211 @@ _FOLLOWING_VALUES = Exercise("rlhf_course.policy_gradient:following_values", _fo
      lambda v, last, done, final=None: torch.cat([v, last[None]])),
 ))
 
+# %% ../nbs/93a_bank_ppo.ipynb #15f63650
+def _surrogate_probes() -> list[Call]:
+    "Both signs of the advantage on both sides of the range; masks, a NaN behind one, other ranges, a matrix."
+    g = torch.Generator().manual_seed(0)
+    log_ratio = torch.tensor([-0.9, -0.1, 0.0, 0.15, 0.7, -0.5, 0.4])
+    old = -torch.rand(7, generator=g) - 0.2
+    advantages = torch.tensor([1.0, -2.0, 0.5, 1.5, 2.5, -1.0, -0.7])
+    mask = torch.tensor([True, True, False, True, True, False, True])
+    junk = torch.where(mask, advantages, torch.nan)
+    matrix = torch.randn(3, 5, generator=g)
+    return [call(old + log_ratio, old, advantages), call(old + log_ratio, old, junk, mask), call(old + log_ratio, old, advantages, clip_coef=0.45),
+            call(old + log_ratio, old, advantages, clip_coef=math.inf), call(0.4 * matrix - 1, -torch.ones(3, 5), matrix.flip(0), matrix < 0.8),
+            call(old, old, advantages), call(old + log_ratio, old, advantages, torch.zeros(7, dtype=torch.bool))]
+
+
+def _surrogate(logprobs, old, advantages, mask=None, clip_coef=0.2, sign=-1.0, ratio=lambda new, old: (new - old).exp(),
+               choose=torch.minimum, clip=lambda ratio, c: ratio.clamp(1 - c, 1 + c), mean=masked_mean):
+    "The loss, with choices in the places where learners choose otherwise."
+    logprobs, old, advantages = zero_masked(mask, logprobs, old, advantages)
+    r = ratio(logprobs, old)
+    return sign * mean(choose(r * advantages, clip(r, clip_coef) * advantages), mask)
+
+
+_SURROGATE = Exercise("rlhf_course.ppo:clipped_surrogate_loss", _surrogate_probes, (
+    ("The sign is turned round: the objective is to be made large, so the loss is minus its mean.",
+     lambda *a, **k: _surrogate(*a, **k, sign=1.0)),
+    ("You took the maximum of the two products: it is the smaller one that makes the objective a pessimistic bound.",
+     lambda *a, **k: _surrogate(*a, **k, choose=torch.maximum)),
+    ("You took the minimum of the two ratios before multiplying: for a negative advantage the larger ratio has the smaller product.",
+     lambda logprobs, old, advantages, mask=None, clip_coef=0.2: (lambda n, o, a: -masked_mean(torch.minimum((n - o).exp(), (n - o).exp().clamp(
+         1 - clip_coef, 1 + clip_coef)) * a, mask))(*zero_masked(mask, logprobs, old, advantages))),
+    ("You used the clipped ratio alone: without the minimum, a step that went the wrong way gets no gradient back.",
+     lambda *a, **k: _surrogate(*a, **k, choose=lambda plain, clipped: clipped)),
+    ("Nothing is clipped: multiply the ratio clamped to [1 - clip_coef, 1 + clip_coef] too, and take the minimum.",
+     lambda *a, **k: _surrogate(*a, **k, choose=lambda plain, clipped: plain)),
+    ("Your ratio is old over new: it is the exponential of the new log-probability minus the old one.",
+     lambda *a, **k: _surrogate(*a, **k, ratio=lambda new, old: (old - new).exp())),
+    ("You forgot the exponential: the ratio of two probabilities is the exponential of the difference of their logarithms.",
+     lambda *a, **k: _surrogate(*a, **k, ratio=lambda new, old: new - old)),
+    ("You divided the log-probabilities: the ratio of two probabilities is the exponential of the difference of their logarithms.",
+     lambda *a, **k: _surrogate(*a, **k, ratio=lambda new, old: torch.where(old == 0, 1.0, new / torch.where(old == 0, 1.0, old)))),
+    ("You clipped to [-clip_coef, clip_coef]: the ratio is 1 where nothing has changed, so the range lies around 1.",
+     lambda *a, **k: _surrogate(*a, **k, clip=lambda ratio, c: ratio.clamp(-c, c))),
+    ("The range is fixed at 0.2: use `clip_coef`.",
+     lambda *a, clip_coef=0.2: _surrogate(*a)),
+    ("Masked steps count in the mean: divide by the number of steps that count.",
+     lambda *a, **k: _surrogate(*a, **k, mean=lambda x, mask: x.mean())),
+    ("You summed: the loss is a mean over the steps that count.",
+     lambda *a, **k: _surrogate(*a, **k, mean=lambda x, mask: x.sum())),
+    ("The mask is not used: what stands at masked steps must not be read.",
+     lambda logprobs, old, advantages, mask=None, clip_coef=0.2: _surrogate(logprobs, old, advantages, None, clip_coef)),
+    ("You returned one loss a step: a scalar is wanted, the mean over the steps that count.",
+     lambda *a, **k: _surrogate(*a, **k, mean=lambda x, mask: x)),
+), gradients=True)
+
+# %% ../nbs/93a_bank_ppo.ipynb #10866fe4
+def _kl_probes() -> list[Call]:
+    "Large and tiny moves, a mask with junk behind it, a matrix, no move."
+    g = torch.Generator().manual_seed(1)
+    old, move = -torch.rand(6, generator=g) - 0.1, torch.tensor([-1.2, 0.8, 0.0, 0.3, -0.4, 1.1])
+    mask = torch.tensor([True, False, True, True, False, True])
+    return [call(old + move, old), call(torch.where(mask, old + move, torch.inf), old, mask), call(1e-4 * move, torch.zeros(6)),
+            call(torch.randn(2, 5, generator=g) - 2, torch.full((2, 5), -2.0)), call(old, old), call(old - 0.5 * move, old, ~mask)]
+
+
+def _kl(logprobs, old, mask=None, estimate=lambda x: torch.expm1(x) - x, mean=masked_mean):
+    "An estimate, with choices in the places where learners choose otherwise."
+    logprobs, old = zero_masked(mask, logprobs, old)
+    return mean(estimate(logprobs - old), mask)
+
+
+_APPROX_KL = Exercise("rlhf_course.ppo:approx_kl", _kl_probes, (
+    ("This is k1, minus the log-ratio: right on average, but noisy and often negative.", lambda *a: _kl(*a, estimate=lambda x: -x)),
+    ("This is the mean log-ratio, whose sign is that of neither divergence: k3 is (exp(x) - 1) - x.", lambda *a: _kl(*a, estimate=lambda x: x)),
+    ("This is k2, half the squared log-ratio: it is biased for large moves.", lambda *a: _kl(*a, estimate=lambda x: x ** 2 / 2)),
+    ("The log-ratio has the wrong sign: x is new minus old.", lambda *a: _kl(*a, estimate=lambda x: torch.expm1(-x) + x)),
+    ("You left out the -1: where both policies agree the result must be 0.", lambda *a: _kl(*a, estimate=lambda x: x.exp() - x)),
+    ("You left out the last term: (exp(x) - 1) - x.", lambda *a: _kl(*a, estimate=torch.expm1)),
+    ("The last term has the wrong sign: (exp(x) - 1) - x, which is never negative.", lambda *a: _kl(*a, estimate=lambda x: torch.expm1(x) + x)),
+    ("This is the other divergence, of the old policy from the new one, weighted by the ratio: the actions are from the old policy.",
+     lambda *a: _kl(*a, estimate=lambda x: x.exp() * x - torch.expm1(x))),
+    ("For tiny moves exp(x) - 1 loses its digits in single precision: use torch.expm1(x).", lambda *a: _kl(*a, estimate=lambda x: (x.exp() - 1) - x)),
+    ("Masked steps count in the mean: divide by the number of steps that count.", lambda *a: _kl(*a, mean=lambda x, mask: x.mean())),
+    ("You summed over the steps: the mean over those that count is wanted.", lambda *a: _kl(*a, mean=lambda x, mask: x.sum())),
+    ("The mask is not used: what stands at masked steps must not be read.", lambda logprobs, old, mask=None: _kl(logprobs, old)),
+), atol=1e-13)
+
+# %% ../nbs/93a_bank_ppo.ipynb #5cdf4322
+def _explained_probes() -> list[Call]:
+    "Good, shifted, harmful and constant predictions; equal returns; a mask with junk behind it; a matrix."
+    g = torch.Generator().manual_seed(2)
+    returns = torch.randn(7, generator=g) * 3
+    values, mask = returns + torch.randn(7, generator=g), torch.tensor([True, True, False, True, True, False, True])
+    return [call(values, returns), call(returns + 5, returns), call(-returns, returns), call(torch.zeros(7), returns), call(values, torch.ones(7)),
+            call(torch.where(mask, values, torch.nan), returns, mask), call(torch.randn(3, 4, generator=g), torch.randn(3, 4, generator=g))]
+
+
+def _explained(values, returns, mask=None, part=lambda v, r, m: masked_variance(r - v, m), whole=lambda v, r, m: masked_variance(r, m),
+               share=lambda part, whole: 1 - part / whole, otherwise=torch.nan):
+    "The share, with choices in the places where learners choose otherwise."
+    values, returns = zero_masked(mask, values, returns)
+    total = whole(values, returns, mask)
+    return torch.where(total > 0, share(part(values, returns, mask), total), otherwise)
+
+
+_EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
+    ("You took the mean squared error: a constant error costs nothing here, so take the variance of the errors.",
+     lambda *a: _explained(*a, part=lambda v, r, m: masked_mean((r - v) ** 2, m))),
+    ("You divided by the variance of the values: it is the variance of the returns that is to be explained.",
+     lambda *a: _explained(*a, whole=lambda v, r, m: masked_variance(v, m))),
+    ("This is the share that is left unexplained: take it from 1.", lambda *a: _explained(*a, share=lambda part, whole: part / whole)),
+    ("You took the variance of the values over that of the returns: it is the errors that are left unexplained.",
+     lambda *a: _explained(*a, share=lambda part, whole: part / whole, part=lambda v, r, m: masked_variance(v, m))),
+    ("You compared standard deviations: the share is one of variances.",
+     lambda *a: _explained(*a, share=lambda part, whole: 1 - (part / whole).sqrt())),
+    ("You clipped it at 0: predictions that do harm have a negative share.",
+     lambda *a: _explained(*a, share=lambda part, whole: (1 - part / whole).clamp(min=0))),
+    ("Where the returns do not vary the result is NaN: there is nothing to explain.", lambda *a: _explained(*a, otherwise=0.0)),
+    ("You added the values to the returns: the errors are their difference.",
+     lambda *a: _explained(*a, part=lambda v, r, m: masked_variance(r + v, m))),
+    ("You forgot the square root's opposite: this is the correlation, whose square is a share of variance, and which forgives a wrong scale.",
+     lambda values, returns, mask=None: (lambda v, r: torch.where(r.var() > 0, ((v - v.mean()) * (r - r.mean())).sum() / (
+         (len(r) - 1) * v.std() * r.std()), torch.nan))(*(x.flatten() if mask is None else x[mask] for x in (values, returns)))),
+    ("The mask is not used: what stands at masked steps must not be read.", lambda values, returns, mask=None: _explained(values, returns)),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #fa60464c
+def _gaussian_probes() -> list[Call]:
+    "One number and several, a matrix of actions, log-stds of the batch's shape."
+    g = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=g)
+    return [call(draw(5, 3), draw(5, 3), torch.tensor([-1.0, 0.3, 0.8])), call(draw(4, 1), draw(4, 1), torch.tensor([0.5])),
+            call(draw(2, 3, 2), draw(2, 3, 2), torch.tensor([-0.5, 0.2])), call(draw(4, 2), draw(4, 2), draw(4, 2)), call(draw(3), draw(3), torch.zeros(3)),
+            call(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([-2.0, 1.0]))]
+
+
+def _normal(actions, mean, log_std, std=lambda s: s.exp(), exponent=lambda z: -0.5 * z ** 2, log=1.0, constant=0.5 * math.log(2 * math.pi),
+            gather=lambda x: x.sum(-1)):
+    "The log-density, with choices in the places where learners choose otherwise."
+    return gather(exponent((actions - mean) / std(log_std)) - log * log_std - constant)
+
+
+_GAUSSIAN = Exercise("rlhf_course.ppo:gaussian_logprob", _gaussian_probes, (
+    ("You took log_std for the standard deviation: divide by its exponential.", lambda *a: _normal(*a, std=lambda s: s.sign() * s.abs().clamp(min=1e-3))),
+    ("You took log_std for the logarithm of the variance: the standard deviation is its exponential, not the root of that.",
+     lambda *a: _normal(*a, std=lambda s: (0.5 * s).exp())),
+    ("You divided by the variance inside the square: it is the distance over the standard deviation that is squared.",
+     lambda *a: _normal(*a, std=lambda s: (2 * s).exp())),
+    ("You left out minus log_std: narrow distributions are higher.", lambda *a: _normal(*a, log=0.0)),
+    ("Minus log_std has the wrong sign: narrow distributions are higher.", lambda *a: _normal(*a, log=-1.0)),
+    ("You left out the constant: half the logarithm of 2 pi for each number.", lambda *a: _normal(*a, constant=0.0)),
+    ("The constant is twice too large: it is half the logarithm of 2 pi.", lambda *a: _normal(*a, constant=math.log(2 * math.pi))),
+    ("The constant counts once for every number of an action, not once for an action: add it before the sum.",
+     lambda actions, mean, log_std: _normal(actions, mean, log_std, constant=0.0) - 0.5 * math.log(2 * math.pi)),
+    ("You left out the half in front of the square.", lambda *a: _normal(*a, exponent=lambda z: -z ** 2)),
+    ("The square has the wrong sign: far from the mean the density is low.", lambda *a: _normal(*a, exponent=lambda z: 0.5 * z ** 2)),
+    ("You forgot the square.", lambda *a: _normal(*a, exponent=lambda z: -0.5 * z.abs())),
+    ("You averaged over the numbers of an action: they are independent, so their log-densities add up.", lambda *a: _normal(*a, gather=lambda x: x.mean(-1))),
+    ("You returned one number for each of the d numbers: sum over the last axis.", lambda *a: _normal(*a, gather=lambda x: x)),
+    ("You summed over everything: one number an action is wanted.", lambda *a: _normal(*a, gather=lambda x: x.sum())),
+    ("This is the density: take its logarithm.", lambda *a: _normal(*a).exp()),
+), gradients=True)
+
+# %% ../nbs/93a_bank_ppo.ipynb #4ccec9a5
+def _moments_probes() -> list[Call]:
+    "Unequal portions, an empty start with junk, one new number, vectors, integers, single precision."
+    g = np.random.default_rng(0)
+    return [call(np.float64(1.0), np.float64(4.0), 10, g.normal(3, 1, 5)), call(np.zeros(3), np.ones(3), 7, g.normal(size=(4, 3))),
+            call(np.full(2, 9.0), np.full(2, 7.0), 0, g.normal(size=(6, 2))), call(np.float64(2.0), np.float64(0.5), 3, np.array([8.0])),
+            call(np.float64(0.0), np.float64(1.0), 4, np.array([5, 7, 9])), call(np.zeros(2), np.ones(2), 1000, g.normal(50, 1, (3, 2)).astype(np.float32)),
+            call(np.ones((2, 2)), np.full((2, 2), 3.0), 5, g.normal(size=(4, 2, 2)))]
+
+
+def _moments(mean, variance, count, batch, ddof=0, between=lambda delta, share: delta ** 2 * share * (1 - share), total=lambda a, b: a + b,
+             move=lambda delta, share: delta * share, share=lambda a, b: b / (a + b), axis=0):
+    "Combined moments, with choices in the places where learners choose otherwise."
+    batch = np.asarray(batch, dtype=np.float64)
+    s = share(count, len(batch))
+    delta = batch.mean(axis=axis) - mean
+    with np.errstate(all="ignore"):
+        spread = batch.var(axis=axis, ddof=min(ddof, len(batch) - 1))
+    return mean + move(delta, s), (1 - s) * variance + s * spread + between(delta, s), total(count, len(batch))
+
+
+_MOMENTS = Exercise("rlhf_course.ppo:combine_moments", _moments_probes, (
+    ("You left out the distance of the two means: numbers around 0 and numbers around 50 vary more together than each alone.",
+     lambda *a: _moments(*a, between=lambda delta, share: 0 * delta)),
+    ("The distance of the means has to be squared.", lambda *a: _moments(*a, between=lambda delta, share: abs(delta) * share * (1 - share))),
+    ("The distance of the means has the weight share (1 - share), and not share alone.", lambda *a: _moments(*a, between=lambda delta, share: delta ** 2 * share)),
+    ("You divided the variance of the batch by n - 1: here it is divided by n.", lambda *a: _moments(*a, ddof=1)),
+    ("You weighted the old and the new half and half: their weights are their numbers.", lambda *a: _moments(*a, share=lambda a, b: 0.5)),
+    ("The weights are the wrong way round: the new numbers have the share len(batch) / (count + len(batch)).",
+     lambda *a: _moments(*a, share=lambda a, b: a / (a + b))),
+    ("The mean moves the wrong way: towards the mean of the batch.", lambda *a: _moments(*a, move=lambda delta, share: -delta * share)),
+    ("The mean jumps to that of the batch: it moves by delta times the share of the new numbers.", lambda *a: _moments(*a, move=lambda delta, share: delta)),
+    ("You took the batch as one number: count all its rows.", lambda *a: _moments(*a, share=lambda a, b: 1 / (a + 1), total=lambda a, b: a + 1)),
+    ("You returned the number of the new ones: old and new together are wanted.", lambda *a: _moments(*a, total=lambda a, b: b)),
+    ("The old variance is kept as it is: it has the weight 1 - share.",
+     lambda m, v, n, batch: (_moments(m, v, n, batch)[0], _moments(m, v, n, batch)[1] + v * len(batch) / (n + len(batch)), n + len(batch))),
+    ("You returned the standard deviation: the variance is wanted.",
+     lambda *a: (lambda m, v, n: (m, np.sqrt(v), n))(*_moments(*a))),
+))
+
 # %% ../nbs/93a_bank_ppo.ipynb #2d6fc40e
 PPO_EXERCISES: tuple[Exercise, ...] = (
     _DISCOUNTED_RETURNS, _COMPUTE_GAE, _REAL_STEPS, _FOLLOWING_VALUES,
+    _SURROGATE, _APPROX_KL, _EXPLAINED, _GAUSSIAN, _MOMENTS,
 )
