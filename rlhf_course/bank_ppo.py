@@ -444,8 +444,162 @@ _MOMENTS = Exercise("rlhf_course.ppo:combine_moments", _moments_probes, (
      lambda *a: (lambda m, v, n: (m, np.sqrt(v), n))(*_moments(*a))),
 ))
 
+# %% ../nbs/93a_bank_ppo.ipynb #c59cf49f
+def _ratio_probes() -> list[Call]:
+    "Two passes and more; small moves and large ones."
+    return [call(-_noise(3, 4, seed=1).abs()), call(-_noise(2, 5, seed=2, dtype=torch.float64).abs()), call(-1 - 0.1 * _noise(4, 3, seed=3).abs()),
+            call(-4 * _noise(5, 2, seed=4).abs())]
+
+
+_KEPT_RATIOS = Exercise("rlhf_course.bug_clinic:kept_ratios", _ratio_probes, (
+    ("You renew the old log-probabilities in each pass: every ratio is 1, and the clip never sees how far the policy has gone.",
+     lambda logprobs: (logprobs - logprobs.detach()).exp()),
+    ("You compare each pass with the one before it: the data were drawn in pass 0, so that is the old policy in all rows.",
+     lambda logprobs: (logprobs - torch.cat([logprobs[:1], logprobs[:-1]]).detach()).exp()),
+    ("You let the gradient flow into the old log-probabilities: they are data, so detach them.",
+     lambda logprobs: (logprobs - logprobs[0]).exp()),
+    ("You have the ratio upside down: new probability over old one.",
+     lambda logprobs: (logprobs[0].detach() - logprobs).exp()),
+    ("You left out the exponential: a difference of logarithms is the logarithm of the ratio.",
+     lambda logprobs: logprobs - logprobs[0].detach()),
+    ("You divided the log-probabilities: exponentiate their difference.",
+     lambda logprobs: logprobs / logprobs[0].detach()),
+    ("You subtracted the probabilities: a ratio is wanted.",
+     lambda logprobs: logprobs.exp() - logprobs[0].detach().exp()),
+    ("You compare with the last pass: the actions were drawn in the first.",
+     lambda logprobs: (logprobs - logprobs[-1].detach()).exp()),
+    ("You detached everything: the new log-probabilities need their gradient, only the old ones are data.",
+     lambda logprobs: (logprobs - logprobs[0]).detach().exp()),
+), gradients=True)
+
+# %% ../nbs/93a_bank_ppo.ipynb #024e18a7
+def _regression_probes() -> list[Call]:
+    "Few and many; both precisions."
+    return [call(_noise(4, seed=1), _noise(4, seed=2), _noise(4, seed=3)), call(*(_noise(7, seed=i, dtype=torch.float64) for i in (4, 5, 6))),
+            call(3 * _noise(3, seed=7), _noise(3, seed=8), 5 * _noise(3, seed=9)), call(_noise(1, seed=10), _noise(1, seed=11), _noise(1, seed=12))]
+
+
+def _half_square(x: Tensor) -> Tensor:
+    "Half the mean square."
+    return 0.5 * (x**2).mean()
+
+
+_REGRESSION_LOSS = Exercise("rlhf_course.bug_clinic:regression_loss", _regression_probes, (
+    ("Your targets move with the values: old_values belongs in them, else the values cancel and nothing is learned.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + values))),
+    ("Your targets are made of the present values: even detached they move with every pass; old_values is what the returns were made with.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + values).detach())),
+    ("You let the gradient flow into the targets: they are data, so detach them.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + old_values))),
+    ("You detached the values and not the targets: then the network that is to learn gets no gradient.",
+     lambda values, old_values, advantages: _half_square(values.detach() - (advantages + old_values))),
+    ("You trained the values towards the advantages: the returns are advantages plus old values.",
+     lambda values, old_values, advantages: _half_square(values - advantages.detach())),
+    ("You trained the values towards what they were: the advantages say where the returns lie from there.",
+     lambda values, old_values, advantages: _half_square(values - old_values.detach())),
+    ("You have the advantage with the wrong sign: return = advantage + old value.",
+     lambda values, old_values, advantages: _half_square(values - (old_values - advantages).detach())),
+    ("You left out the half: half the mean squared distance is wanted.",
+     lambda values, old_values, advantages: 2 * _half_square(values - (advantages + old_values).detach())),
+    ("You summed: a mean over the batch is wanted, so that its size does not set the step.",
+     lambda values, old_values, advantages: len(values) * _half_square(values - (advantages + old_values).detach())),
+    ("You took the mean before the square: errors of both signs would cancel.",
+     lambda values, old_values, advantages: 0.5 * (values - (advantages + old_values).detach()).mean() ** 2),
+    ("You took the absolute error: the square is wanted, whose minimum is the mean.",
+     lambda values, old_values, advantages: 0.5 * (values - (advantages + old_values).detach()).abs().mean()),
+), gradients=True)
+
+# %% ../nbs/93a_bank_ppo.ipynb #a44cc35a
+def _box_probes() -> list[Call]:
+    "One number and several, means beyond the bounds, wide and narrow distributions."
+    return [call(_noise(5, 1, seed=1), torch.tensor([0.2]), _noise(5, 1, seed=2), -1.0, 1.0), call(2 * _noise(4, 3, seed=3), torch.tensor([-1.0, 0.0, 0.7]), _noise(4, 3, seed=4), -1.0, 1.5),
+            call(_noise(6, 2, seed=5, dtype=torch.float64), torch.tensor([-0.5, 0.4], dtype=torch.float64), _noise(6, 2, seed=6, dtype=torch.float64), -0.5, 2.0),
+            call(torch.full((3, 2), 1.5), torch.tensor([-1.0, -2.0]), _noise(3, 2, seed=7), -1.0, 1.0)]
+
+
+def _log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    "Of each number."
+    return torch.distributions.Normal(mean, std, validate_args=False).log_prob(x)
+
+
+def _boxed(mean: Tensor, log_std: Tensor, noise: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    "The right answer."
+    drawn = mean + log_std.exp() * noise
+    return drawn, drawn.clamp(low, high), _log_density(drawn, mean, log_std.exp().expand_as(mean)).sum(-1)
+
+
+_ACT_IN_BOX = Exercise("rlhf_course.bug_clinic:act_in_box", _box_probes, (
+    ("You took the log-density of the clipped action: it was never drawn, so its score pushes the mean to the bound.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, _: (d, s, _log_density(s, mean, log_std.exp().expand_as(mean)).sum(-1)))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped the action and kept nothing else: the drawn one and its log-density are what is learned from.",
+     lambda mean, log_std, noise, low, high: (lambda s: (s, s, _log_density(s, mean, log_std.exp().expand_as(mean)).sum(-1)))(_boxed(mean, log_std, noise, low, high)[1])),
+    ("You keep the clipped action for learning: its log-probability under the next policy would not be that of the drawn one.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (s, s, p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You send the action as it was drawn: the environment takes only what lies between low and high.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d, p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You swapped drawn and sent: drawn first, then sent.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (s, d, p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped the mean and then drew: what is drawn around a clipped mean can still lie outside, and it is another policy.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d, p))(*_boxed(mean.clamp(low, high), log_std, noise, low, high))),
+    ("You multiplied the noise by log_std: the standard deviation is its exponential.",
+     lambda mean, log_std, noise, low, high: (lambda d: (d, d.clamp(low, high), (-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)))(mean + log_std * noise)),
+    ("You took exp(log_std) for the variance: it is the standard deviation.",
+     lambda mean, log_std, noise, low, high: _boxed(mean, log_std / 2, noise, low, high)),
+    ("You left out -log_std: a narrower distribution is denser.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + log_std.sum()))(*_boxed(mean, log_std, noise, low, high))),
+    ("You have log_std in the density with the wrong sign: a narrower distribution is denser, so it is subtracted.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + 2 * log_std.sum()))(*_boxed(mean, log_std, noise, low, high))),
+    ("You left out log(2 pi) / 2: the density would not integrate to 1.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + 0.5 * np.log(2 * np.pi) * mean.shape[-1]))(*_boxed(mean, log_std, noise, low, high))),
+    ("You did not sum over the numbers of an action: one log-density an action is wanted, (B,).",
+     lambda mean, log_std, noise, low, high: (lambda d, s, _: (d, s, _log_density(d, mean, log_std.exp().expand_as(mean))))(*_boxed(mean, log_std, noise, low, high))),
+    ("You took the mean over the numbers of an action: independent densities multiply, so their logarithms add up.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p / mean.shape[-1]))(*_boxed(mean, log_std, noise, low, high))),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #01cc4a1f
+def _minibatch_probes() -> list[Call]:
+    "Sizes that divide and sizes that do not; one part; enough rows that no order is in order by chance."
+    return [call(24, 4, 0), call(50, 7, 1), call(41, 1, 2), call(64, 2, 3), call(30, 8, 4)]
+
+
+def _minibatch_facts(parts: list[Tensor], n_rows: int, n_minibatches: int, seed: int) -> tuple:
+    "Sizes, the sorted rows, whether all is in order, how many parts of several rows are neighbours in a run."
+    rows = torch.cat([torch.as_tensor(part) for part in parts])
+    runs = sum(len(part) > 2 and bool((part.sort().values.diff() == 1).all()) for part in parts) if len(parts) > 1 else 0
+    return [len(part) for part in parts], rows.sort().values, bool((rows.diff() > 0).all()), bool((rows.diff() < 0).all()), runs, all(bool((part.diff() > 0).all()) for part in parts)
+
+
+def _order(n_rows: int, seed: int) -> Tensor:
+    "A random order."
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + 100))
+
+
+_EPOCH_MINIBATCHES = Exercise("rlhf_course.bug_clinic:epoch_minibatches", _minibatch_probes, (
+    ("You did not shuffle: neighbours in time stay together, and every pass sees the same parts.",
+     lambda n_rows, n_minibatches, seed: list(torch.arange(n_rows).tensor_split(n_minibatches))),
+    ("You reversed the rows: that is an order, but not a random one.",
+     lambda n_rows, n_minibatches, seed: list(torch.arange(n_rows).flip(0).tensor_split(n_minibatches))),
+    ("You drew with replacement: some rows are used twice in a pass and others never; use a permutation.",
+     lambda n_rows, n_minibatches, seed: list(torch.randint(n_rows, (n_rows,), generator=torch.Generator().manual_seed(seed)).tensor_split(n_minibatches))),
+    ("You lose the rows that do not fit: the parts may differ by one row, and together they hold all.",
+     lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed)[: n_rows // n_minibatches * n_minibatches - (n_rows % n_minibatches == 0)].tensor_split(n_minibatches))),
+    ("You shuffled within the parts only: the rows of a part are still neighbours in time.",
+     lambda n_rows, n_minibatches, seed: [part[_order(len(part), seed)] for part in torch.arange(n_rows).tensor_split(n_minibatches)]),
+    ("You dealt the rows out like cards: row i always goes to part i mod n; that mixes, but every pass is the same.",
+     lambda n_rows, n_minibatches, seed: [torch.arange(i, n_rows, n_minibatches) for i in range(n_minibatches)]),
+    ("Your sizes differ by more than one: cut with tensor_split, which spreads the remainder.",
+     lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).split([n_rows // n_minibatches - (n_minibatches > 1)] * (n_minibatches - 1) + [
+         n_rows - (n_rows // n_minibatches - (n_minibatches > 1)) * (n_minibatches - 1)]))),
+    ("You returned all rows in one part: cut the order into n_minibatches parts.",
+     lambda n_rows, n_minibatches, seed: [_order(n_rows, seed)]),
+    ("You count from 1: rows are numbered from 0.",
+     lambda n_rows, n_minibatches, seed: list((_order(n_rows, seed) + 1).tensor_split(n_minibatches))),
+), relevant=_minibatch_facts)
+
 # %% ../nbs/93a_bank_ppo.ipynb #2d6fc40e
 PPO_EXERCISES: tuple[Exercise, ...] = (
     _DISCOUNTED_RETURNS, _COMPUTE_GAE, _REAL_STEPS, _FOLLOWING_VALUES,
     _SURROGATE, _APPROX_KL, _EXPLAINED, _GAUSSIAN, _MOMENTS,
+    _KEPT_RATIOS, _REGRESSION_LOSS, _ACT_IN_BOX, _EPOCH_MINIBATCHES,
 )
