@@ -8,6 +8,7 @@ __all__ = ['WARD_CONFIG', 'N_VESSELS', 'WARDS', 'BUGS', 'DIAGNOSTICS', 'LOGARITH
            'epoch_minibatches', 'features', 'healthy_spread', 'signature', 'heat_map', 'name_fault']
 
 # %% ../nbs/05d_bug_clinic.ipynb #bc2317b0
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,10 +19,12 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 from torch import Tensor
 
 from .checks import bad_argument
-from .plots import LessonFigure, new_figure
+from .plots import LessonFigure, figure_to_png, new_figure
 from .policy_gradient import check_aligned, compute_gae
 from .ppo import PPOConfig, RewardScaler, make_agent, ppo_loss, rollout, to_environment, train, update, value_loss
 
@@ -304,29 +307,40 @@ def condense(
     return {name: [float(f"{np.nanmean([history[i][name] for i in rows]):.4g}") for rows in stretches] for name in DIAGNOSTICS}
 
 
+class _Chart(LessonFigure):
+    "A figure of few colours: the lesson holds fifteen of them."
+
+    def _repr_png_(self) -> bytes:
+        small = io.BytesIO()
+        Image.open(io.BytesIO(figure_to_png(self))).convert("RGB").quantize(8, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        return small.getvalue()
+
+
 def chart(
     title: str,                                   # of the figure
     runs: Sequence[Mapping[str, list[float]]],    # condensed, one a seed
     healthy: Sequence[Mapping[str, list[float]]], # condensed healthy runs of the same ward
-) -> Figure:                                      # nine small panels
+) -> LessonFigure:                                # nine small panels
     "The diagnostics of a patient over the training, with the range of healthy runs in grey."
-    base, _ = new_figure(title, "training", "value", size=(7.4, 3.0))
-    base.clear()
-    base.suptitle(title, fontsize=9, x=0.01, ha="left")
-    axes = base.subplots(2, 5)
-    axes[1, 4].axis("off")
-    for ax, (name, label) in zip(axes.flat, DIAGNOSTICS.items()):
+    fig = _Chart(figsize=(6.6, 2.6), layout="constrained")
+    fig.suptitle(title, fontsize=9, x=0.01, ha="left")
+    axes = fig.subplots(2, 5).flatten()
+    for ax, (name, label) in zip(axes, DIAGNOSTICS.items()):
         well = np.array([run[name] for run in healthy])
         x = np.linspace(0, 100, well.shape[1])
-        ax.fill_between(x, well.min(0), well.max(0), color="0.8")
+        ax.fill_between(x, well.min(0), well.max(0), color="0.75", linewidth=0)
         for run in runs:
-            ax.plot(x, run[name], color="#D55E00", linewidth=0.9, linestyle="-")
+            ax.plot(x, run[name], color="black", linewidth=0.8)
         if name in LOGARITHMIC:
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_title(label, fontsize=7)
-        ax.tick_params(labelsize=5)
-    axes[1, 0].set_xlabel("% of the training", fontsize=6)
-    return base
+        ax.tick_params(labelsize=5, length=2, pad=1)
+    axes[-1].set_axis_off()
+    axes[-1].text(0, 0.9, "horizontal: % of the\ntraining; grey: healthy\nruns; black: patient", fontsize=6, va="top")
+    return fig
 
 # %% ../nbs/05d_bug_clinic.ipynb #c5a66e68
 def kept_ratios(
