@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CLIP_HINT', 'PROBES', 'PANELS', 'masked_variance', 'normalize_advantages', 'check_positive', 'clipped_surrogate_loss',
            'value_loss', 'approx_kl', 'approx_kl_k2', 'clip_fraction', 'explained_variance', 'ppo_loss', 'Categorical',
-           'gaussian_logprob', 'Gaussian', 'ActorCritic', 'orthogonal_layer', 'mlp', 'make_agent', 'check_spaces',
+           'gaussian_logprob', 'Gaussian', 'ActorCritic', 'orthogonal_layer', 'mlp', 'check_spaces', 'make_agent',
            'PPOConfig', 'annealed', 'combine_moments', 'RunningMoments', 'FrozenMoments', 'RewardScaler', 'Stream',
-           'to_environment', 'failed_environment', 'Rollout', 'rollout', 'Batch', 'shuffled_minibatches', 'update',
-           'prepare', 'train', 'Run', 'device_of', 'progress_row', 'check_fit', 'closed_on_error', 'evaluate', 'Probe',
+           'to_environment', 'failed_environment', 'Rollout', 'rollout', 'Batch', 'prepare', 'shuffled_minibatches',
+           'update', 'Run', 'progress_row', 'device_of', 'check_fit', 'closed_on_error', 'train', 'evaluate', 'Probe',
            'make_probe', 'healthy_bands', 'dashboard', 'LiveDashboard', 'log_to', 'Animation', 'draw_cartpole',
            'Checkpoint', 'running_moments', 'save_run', 'load_run']
 
@@ -335,7 +335,7 @@ class Gaussian:
 class ActorCritic(nn.Module):
     """A policy and a value function over networks that are passed in.
 
-    Source: Huang et al. 2022 (37 details), details 13 (separate networks) and continuous 2 (log-std without state).
+    Source: Huang et al. 2022 (37 details), details 13 and continuous 4 (separate networks), continuous 2 (log-std without state).
     """
 
     def __init__(
@@ -385,6 +385,21 @@ def mlp(
     return nn.Sequential(layer(n_in, width, math.sqrt(2)), nn.Tanh(), layer(width, width, math.sqrt(2)), nn.Tanh(),
                          layer(width, n_out, out_gain))
 
+# %% ../nbs/05b_ppo.ipynb #40eaacd2
+def check_spaces(
+    function: str,                 # name of the function that asks
+    observation_space: gym.Space,  # of one environment
+    action_space: gym.Space,       # of one environment
+) -> None:                         # nothing when both are supported
+    "Nothing, after checking that observations are arrays, and actions one number or one vector of numbers."
+    if not isinstance(observation_space, gym.spaces.Box):
+        raise bad_argument(function, "observation_space", "a Box", f"{observation_space}, which is not supported",
+                           "use `gymnasium.wrappers.FlattenObservation`, which makes one Box of it (of a Discrete one-hot)")
+    measured = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    if not measured and not isinstance(action_space, gym.spaces.Discrete):
+        raise bad_argument(function, "action_space", "Discrete or a Box of one dimension", f"{action_space}, which is not supported",
+                           "use `gymnasium.wrappers.TransformAction` to number the combinations in one Discrete space")
+
 
 def make_agent(
     observation_space: gym.Space,  # of one environment: a Box of one dimension
@@ -409,23 +424,6 @@ def make_agent(
         torch.manual_seed(seed)
         policy, value = mlp(n_in, n_out, 0.01, width, layer), mlp(n_in, 1, 1.0, width, layer)
     return ActorCritic(policy, value, None if counted else torch.full((n_out,), log_std))
-
-
-def check_spaces(
-    function: str,                 # name of the function that asks
-    observation_space: gym.Space,  # of one environment
-    action_space: gym.Space,       # of one environment
-) -> None:                         # nothing when both are supported
-    "Nothing, after checking that observations are arrays, and actions one number or one vector of numbers."
-    advice = {gym.spaces.Dict: "use `gymnasium.wrappers.FlattenObservation`", gym.spaces.Tuple: "use `gymnasium.wrappers.FlattenObservation`",
-              gym.spaces.Discrete: "use `gymnasium.wrappers.FlattenObservation`, which makes it one-hot"}
-    if not isinstance(observation_space, gym.spaces.Box):
-        raise bad_argument(function, "observation_space", "a Box", f"{observation_space}, which is not supported",
-                           advice.get(type(observation_space), "turn it into a Box with `gymnasium.wrappers.TransformObservation`"))
-    measured = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-    if not measured and not isinstance(action_space, gym.spaces.Discrete):
-        raise bad_argument(function, "action_space", "Discrete or a Box of one dimension", f"{action_space}, which is not supported",
-                           "use `gymnasium.wrappers.TransformAction` to number the combinations of several choices in one Discrete space")
 
 # %% ../nbs/05b_ppo.ipynb #1a3e18a6
 @dataclass(frozen=True)
@@ -455,7 +453,7 @@ class PPOConfig:
     def __post_init__(self):
         for name in ("total_steps", "n_steps", "n_epochs", "n_minibatches"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise bad_argument("PPOConfig", name, "a whole number from 1 on", getattr(self, name), "count something")
+                raise bad_argument("PPOConfig", name, "a whole number from 1 on", getattr(self, name), "convert it with `int`")
         for name in ("learning_rate", "clip_coef", "max_grad_norm"):
             check_positive("PPOConfig", name, getattr(self, name), "the defaults suit CartPole-v1")
         for name in ("vf_clip_coef", "target_kl"):
@@ -514,9 +512,12 @@ class RunningMoments:
     def normalize(
         self,
         x: np.ndarray,       # arrays, (..., *shape)
-        limit: float = 10.0, # largest absolute value of the result (37 details, continuous 5 and 6)
+        limit: float = 10.0, # largest absolute value of the result
     ) -> np.ndarray:         # the same with mean 0 and variance 1, clipped, (..., *shape) float32
-        "The arrays in units of the running standard deviation from the running mean; the moments stay as they are."
+        """The arrays in units of the running standard deviation from the running mean; the moments stay as they are.
+
+        Source: Huang et al. 2022 (37 details), continuous details 6 and 7.
+        """
         return ((x - self.mean) / np.sqrt(self.variance + 1e-8)).clip(-limit, limit).astype(np.float32)
 
 
@@ -532,13 +533,13 @@ class FrozenMoments(RunningMoments):
     def update(self, batch: np.ndarray) -> None:
         "Nothing."
 
-
+# %% ../nbs/05b_ppo.ipynb #819da7cc
 class RewardScaler:
     """Divides rewards by the running standard deviation of the discounted return that they add up to.
 
     The mean is not taken away: that would pay for ending an episode early, or for never ending it.
 
-    Source: Huang et al. 2022 (37 details), continuous details 7 and 8; Engstrom et al. 2020.
+    Source: Huang et al. 2022 (37 details), continuous details 8 and 9; Engstrom et al. 2020.
     """
 
     def __init__(
@@ -646,12 +647,15 @@ class Stream:
         kept = array.dtype in (np.bool_, np.uint8)  # an image stays in bytes until the network reads it
         return torch.tensor(array, dtype=None if kept else torch.float32, device=self.device)
 
-
+# %% ../nbs/05b_ppo.ipynb #7dcdee22
 def to_environment(
     actions: Tensor,          # as the policy drew them, (N,) long or (N, d) float
     action_space: gym.Space,  # of one environment
 ) -> np.ndarray:              # as the environment takes them, same shape
-    "The actions counted from where the space begins, or clipped to its bounds."
+    """The actions counted from where the space begins, or clipped to its bounds.
+
+    Source: Huang et al. 2022 (37 details), continuous detail 5.
+    """
     actions = actions.cpu().numpy()
     if isinstance(action_space, gym.spaces.Box):
         return actions.clip(action_space.low, action_space.high).astype(action_space.dtype)
@@ -687,7 +691,7 @@ class Rollout(NamedTuple):
     done: Tensor          # terminated or truncated, (T, N) bool
     mask: Tensor          # False: the step only reset its environment, (T, N) bool
 
-
+# %% ../nbs/05b_ppo.ipynb #4a32db87
 @torch.no_grad()
 def rollout(
     stream: Stream,              # environments, moved on in place
@@ -695,7 +699,10 @@ def rollout(
     n_steps: int,                # T, steps of each environment
     generator: torch.Generator,  # source of the actions
 ) -> Rollout:                    # experience
-    "The experience of `n_steps` steps of every environment under the agent's policy."
+    """The experience of `n_steps` steps of every environment under the agent's policy.
+
+    Raises: what `Stream.step` raises, and ValueError where a value is not finite.
+    """
     rows, finals = [], []
     for _ in range(n_steps):
         observations = stream.observations
@@ -705,12 +712,16 @@ def rollout(
         rows.append((observations, actions, policy.log_prob(actions), values, *outcome))
         finals += [] if final is None else [final]
     observations, actions, logprobs, values, rewards, terminated, done, mask = map(torch.stack, zip(*rows, strict=True))
+    if not values.isfinite().all():
+        t, i = (~values.isfinite()).nonzero()[0].tolist()
+        raise bad_argument("rollout", "agent", "one that predicts finite values", f"{values[t, i].item()} in row {t}, environment {i}, from "
+                           f"the observation {observations[t, i].flatten()[:8].tolist()}", "look for a NaN there; else the weights diverged")
     next_values = torch.cat([values[1:], agent(stream.observations)[1][None]])
     if finals:
         next_values[done] = agent(torch.cat(finals))[1]
     return Rollout(observations, actions, logprobs, values, next_values, rewards, terminated, done, mask)
 
-# %% ../nbs/05b_ppo.ipynb #59aae37f
+# %% ../nbs/05b_ppo.ipynb #674a2892
 class Batch(NamedTuple):
     "The steps of a rollout that count, in no order; what `ppo_loss` asks for."
 
@@ -722,6 +733,28 @@ class Batch(NamedTuple):
     returns: Tensor       # (B,) float
 
 
+def prepare(
+    experience: Rollout,              # what the agent has just gathered
+    config: PPOConfig,                # settings
+    advantage_fn: Callable = compute_gae,  # as `compute_gae`
+) -> tuple[Batch, dict[str, float]]:  # the steps that count; explained_variance, advantage_mean and advantage_std
+    """The steps that count with their advantages and returns, and three facts about them.
+
+    Raises: ValueError for a rollout without a step that counts.
+    """
+    mask = experience.mask
+    if not mask.any():
+        raise bad_argument("prepare", "experience", "with at least one step that counts", "none",
+                           "an environment that ends in every step that resets it has no transitions")
+    advantages, returns = advantage_fn(experience.rewards, experience.values, experience.next_values, experience.terminated,
+                                       experience.done, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+    columns = (experience.observations, experience.actions, experience.logprobs, advantages, experience.values, returns)
+    batch = Batch(*(column[mask] for column in columns))
+    facts = {"explained_variance": explained_variance(batch.old_values, batch.returns),
+             "advantage_mean": batch.advantages.mean(), "advantage_std": masked_variance(batch.advantages).sqrt()}
+    return batch, dict(zip(facts, torch.stack(list(facts.values())).tolist(), strict=True))
+
+# %% ../nbs/05b_ppo.ipynb #59aae37f
 def shuffled_minibatches(
     n_rows: int,                 # rows of the batch
     n_minibatches: int,          # parts
@@ -751,9 +784,10 @@ def update(
     """
     batch, facts = prepare(experience, config, advantage_fn)
     parameters, steps = list(agent.parameters()), []
-    optimizer.param_groups[0]["lr"] = config.learning_rate
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate
     for _ in range(config.n_epochs):
-        first = len(steps)
+        moved = []
         for rows in minibatch_fn(len(batch.actions), config.n_minibatches, generator):
             part = Batch(*(column[rows] for column in batch))
             policy, values = agent(part.observations)
@@ -765,73 +799,12 @@ def update(
             stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             steps.append(torch.stack(list(stats.values())))
-        moved = torch.stack(steps[first:])[:, list(stats).index("approx_kl")].mean()
-        if config.target_kl is not None and moved > config.target_kl:
+            moved.append(stats["approx_kl"])
+        if config.target_kl is not None and torch.stack(moved).mean() > config.target_kl:
             break
     return dict(zip(stats, torch.stack(steps).mean(0).tolist(), strict=True)) | facts
 
-
-def prepare(
-    experience: Rollout,              # what the agent has just gathered
-    config: PPOConfig,                # settings
-    advantage_fn: Callable = compute_gae,  # as `compute_gae`
-) -> tuple[Batch, dict[str, float]]:  # the steps that count; explained_variance, advantage_mean and advantage_std
-    """The steps that count with their advantages and returns, and three facts about them.
-
-    Raises: ValueError for a rollout without a step that counts.
-    """
-    mask = experience.mask
-    if not mask.any():
-        raise bad_argument("prepare", "experience", "with at least one step that counts", "none",
-                           "an environment that ends in every step that resets it has no transitions")
-    advantages, returns = advantage_fn(experience.rewards, experience.values, experience.next_values, experience.terminated,
-                                       experience.done, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-    columns = (experience.observations, experience.actions, experience.logprobs, advantages, experience.values, returns)
-    batch = Batch(*(column[mask] for column in columns))
-    facts = {"explained_variance": explained_variance(batch.old_values, batch.returns),
-             "advantage_mean": batch.advantages.mean(), "advantage_std": masked_variance(batch.advantages).sqrt()}
-    return batch, dict(zip(facts, torch.stack(list(facts.values())).tolist(), strict=True))
-
 # %% ../nbs/05b_ppo.ipynb #95b1e812
-def train(
-    agent: nn.Module,                                # observations -> policy, values; changed in place
-    envs: VectorEnv,                                 # N environments that reset themselves
-    config: PPOConfig,                               # settings
-    seed: int = 0,                                   # of environments, actions and shuffling
-    *,
-    observation_norm: RunningMoments | None = None,  # normalises observations, learns in place
-    reward_scaler: RewardScaler | None = None,       # scales rewards, learns in place
-    rollout_fn: Callable = rollout,                  # as `rollout`
-    update_fn: Callable = update,                    # as `update`, of which `functools.partial` exchanges parts
-    callback: Callable | None = None,                # agent, history -> True to stop; called after each update
-    checkpoint: "Checkpoint | None" = None,          # writes the run to a file now and then, and takes it up from there
-) -> list[dict[str, float]]:                         # a row an update: what `progress_row` and `update` report
-    """The history of training the agent by PPO.
-
-    Raises: what an environment raises, and ValueError for spaces or rewards that do not fit; all environments are closed then.
-    Source: Schulman et al. 2017, algorithm 1.
-    """
-    stream = Stream(envs, observation_norm, reward_scaler, device_of(agent))
-    generator = torch.Generator(stream.device).manual_seed(seed)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
-    run, n_updates = Run(agent, optimizer, generator, stream, config, seed), max(1, config.total_steps // (config.n_steps * envs.num_envs))
-    with closed_on_error(envs):
-        stream.reset(seed)
-        check_fit(agent, stream)
-        if checkpoint is not None:
-            checkpoint.resume(run)
-        for i in range(len(run.history), n_updates):
-            started, now = time.perf_counter(), annealed(config, i / n_updates)
-            experience = rollout_fn(stream, agent, config.n_steps, generator)
-            stats = update_fn(agent, optimizer, experience, now, generator)
-            run.history.append(progress_row(run, now, time.perf_counter() - started) | stats)
-            if checkpoint is not None:
-                checkpoint.after_update(run)
-            if callback is not None and callback(agent, run.history):
-                break
-    return run.history
-
-
 @dataclass
 class Run:
     "All of a run of training that changes, and the two things that it is a run of."
@@ -845,13 +818,6 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)  # a row an update
 
 
-def device_of(
-    agent: Callable,    # a module, or any function of observations
-) -> torch.device:      # where it computes
-    "The device of the agent's parameters, the processor where it has none."
-    return next((p.device for p in agent.parameters()), torch.device("cpu")) if isinstance(agent, nn.Module) else torch.device("cpu")
-
-
 def progress_row(
     run: Run,            # after a rollout
     config: PPOConfig,   # settings of the update
@@ -863,6 +829,14 @@ def progress_row(
     return {"steps": stream.n_steps, "episodes": stream.n_episodes, "return_mean": return_mean, "length_mean": length_mean,
             "learning_rate": config.learning_rate, "clip_coef": config.clip_coef, "seconds": last["seconds"] + seconds,
             "steps_per_second": (stream.n_steps - last["steps"]) / seconds}
+
+# %% ../nbs/05b_ppo.ipynb #4d706449
+def device_of(
+    agent: Callable,    # a module, or any function of observations
+) -> torch.device:      # where it computes
+    "The device of the agent's parameters, the processor where it has none."
+    parameters = agent.parameters() if isinstance(agent, nn.Module) else ()
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -903,6 +877,46 @@ def closed_on_error(
             process.join()
         raise
 
+# %% ../nbs/05b_ppo.ipynb #24e5bf17
+def train(
+    agent: nn.Module,                                # observations -> policy, values; changed in place
+    envs: VectorEnv,                                 # N environments that reset themselves
+    config: PPOConfig,                               # settings
+    seed: int = 0,                                   # of environments, actions and shuffling
+    *,
+    observation_norm: RunningMoments | None = None,  # normalises observations, learns in place
+    reward_scaler: RewardScaler | None = None,       # scales rewards, learns in place
+    rollout_fn: Callable = rollout,                  # as `rollout`
+    update_fn: Callable = update,                    # as `update`, of which `functools.partial` exchanges parts
+    callback: Callable | None = None,                # agent, history -> True to stop; called after each update
+    checkpoint: "Checkpoint | None" = None,          # writes the run to a file now and then, and takes it up from there
+) -> list[dict[str, float]]:                         # a row an update: what `progress_row` and `update` report
+    """The history of training the agent by PPO.
+
+    Raises: what an environment raises, and ValueError for spaces or rewards that do not fit; all environments are closed then.
+    Source: Schulman et al. 2017, algorithm 1.
+    """
+    stream = Stream(envs, observation_norm, reward_scaler, device_of(agent))
+    generator = torch.Generator(stream.device).manual_seed(seed)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)  # eps: detail 3
+    run = Run(agent, optimizer, generator, stream, config, seed)
+    n_updates = max(1, config.total_steps // (config.n_steps * envs.num_envs))
+    with closed_on_error(envs):
+        stream.reset(seed)
+        check_fit(agent, stream)
+        if checkpoint is not None:
+            checkpoint.resume(run)
+        for i in range(len(run.history), n_updates):
+            started, now = time.perf_counter(), annealed(config, i / n_updates)
+            experience = rollout_fn(stream, agent, config.n_steps, generator)
+            stats = update_fn(agent, optimizer, experience, now, generator)
+            run.history.append(progress_row(run, now, time.perf_counter() - started) | stats)
+            if checkpoint is not None:
+                checkpoint.after_update(run)
+            if callback is not None and callback(agent, run.history):
+                break
+    return run.history
+
 # %% ../nbs/05b_ppo.ipynb #ba0e1028
 @torch.no_grad()
 def evaluate(
@@ -913,10 +927,13 @@ def evaluate(
     *,
     observation_norm: RunningMoments | None = None,  # that of the training; it does not learn here
     act: Callable = lambda policy: policy.mode(),    # policy -> actions
+    max_steps: int = 1_000_000,                      # of each environment
 ) -> Tensor:                                         # undiscounted returns, (n_episodes, N) float
     """The returns of the first episodes of every environment, the likeliest action taken.
 
     Every environment plays equally many, so that short episodes are not counted more often than long ones.
+
+    Raises: what `Stream.step` raises, and ValueError where `max_steps` steps do not end the episodes.
     """
     with closed_on_error(envs):
         stream = Stream(envs, None if observation_norm is None else FrozenMoments(observation_norm), device=device_of(agent))
@@ -927,6 +944,8 @@ def evaluate(
             rows = torch.arange(envs.num_envs)[playing]
             returns[played[rows], rows] += (rewards * mask).cpu()[rows]
             played += (done & mask).cpu()
+            if stream.n_steps > max_steps * envs.num_envs:
+                raise bad_argument("evaluate", "envs", f"over after {max_steps} steps", "episodes that go on", "give them a time limit")
     return returns
 
 # %% ../nbs/05b_ppo.ipynb #9d0ba431
@@ -977,9 +996,13 @@ def make_probe(
     return SyncVectorEnv([lambda: Probe(*PROBES[name])] * n_envs)
 
 # %% ../nbs/05b_ppo.ipynb #2c55c756
-PANELS = (("return_mean",), ("length_mean",), ("clipfrac",), ("approx_kl", "approx_kl_k2"), ("entropy",), ("explained_variance",),
-          ("advantage_mean",), ("advantage_std",), ("grad_norm",), ("policy_loss",), ("value_loss",), ("learning_rate",),
-          ("steps_per_second",))  # of the dashboard, each with the names it draws
+PANELS = {
+    "return of an episode (reward)": ("return_mean",), "length of an episode (steps)": ("length_mean",), "clipfrac (share)": ("clipfrac",),
+    "approx_kl, k3 and k2 (nats)": ("approx_kl", "approx_kl_k2"), "entropy (nats)": ("entropy",),
+    "explained variance (share)": ("explained_variance",), "advantages, mean (reward)": ("advantage_mean",),
+    "advantages, deviation (reward)": ("advantage_std",), "value loss (reward squared)": ("value_loss",),
+    "gradient norm (no unit)": ("grad_norm",), "learning rate (no unit)": ("learning_rate",), "speed (steps a second)": ("steps_per_second",),
+}  # title and unit of each panel of the dashboard, and what it draws
 
 
 def healthy_bands(
@@ -987,15 +1010,15 @@ def healthy_bands(
 ) -> dict[str, tuple[float, float]]:      # name -> lowest and highest healthy value
     """The band in which each diagnostic lies in a healthy run; only for those that have one.
 
-    Entropy should fall from its start (by up to 3 nats). Advantages should have a mean below a quarter of their standard deviation, and
-    a standard deviation within a factor of 3 of its median.
+    Entropy should fall from its start, by up to 3 nats, and not below 0 where actions are counted. Advantages should have a mean
+    below half of their usual standard deviation, and a standard deviation within a factor of 3 of its median.
 
     Source: Hilton, Deep Learning Curriculum, reinforcement learning chapter; the numbers for entropy, divergence and advantages are ours.
     """
-    spread = float(np.median([row["advantage_std"] for row in history]))
-    start = history[0]["entropy"]
-    return {"clipfrac": (0.01, 0.2), "approx_kl": (0.0, 0.02), "explained_variance": (0.0, 1.0), "entropy": (start - 3 if start > 3 or start < 0 else 0.0, start),
-            "advantage_mean": (-spread / 4, spread / 4), "advantage_std": (spread / 3, spread * 3)}
+    spread, start = float(np.median([row["advantage_std"] for row in history])), history[0]["entropy"]
+    return {"clipfrac": (0.01, 0.2), "approx_kl": (0.0, 0.02), "explained_variance": (0.0, 1.0),
+            "entropy": (0.0 if 0 <= start < 3 else start - 3, start),
+            "advantage_mean": (-spread / 2, spread / 2), "advantage_std": (spread / 3, spread * 3)}
 
 
 def dashboard(
@@ -1005,21 +1028,18 @@ def dashboard(
     "A figure of every diagnostic over the environment steps, with its healthy band where it has one."
     bands, steps = healthy_bands(history), [row["steps"] / 1000 for row in history]
     with matplotlib.rc_context(STYLE):
-        fig = LessonFigure(figsize=(9.0, 7.0), layout="constrained")
+        fig = LessonFigure(figsize=(9.0, 5.6), layout="constrained")
         fig.suptitle(title, fontsize=10)
-        axes = fig.subplots(4, 4, sharex=True).flatten()
-        for ax, names in zip(axes, PANELS):
+        axes = fig.subplots(3, 4, sharex=True)
+        for ax, (panel, names) in zip(axes.flatten(), PANELS.items(), strict=True):
             for name in names:
                 ax.plot(steps, [row[name] for row in history], linewidth=1.0)
-            ax.set_title(" and ".join(names).replace("approx_kl and approx_kl_k2", "approx_kl, k3 and k2"), fontsize=8)
+            ax.set_title(panel, fontsize=8)
             ax.tick_params(labelsize=7)
             if names[0] in bands:
                 ax.axhspan(*bands[names[0]], color="0.85", zorder=0)
-        for ax in axes[len(PANELS):]:
-            ax.set_axis_off()
-        for ax in axes[len(PANELS) - 4:len(PANELS)]:
+        for ax in axes[-1]:
             ax.set_xlabel("environment steps (thousands)", fontsize=7)
-            ax.tick_params(labelbottom=True)
     return fig
 
 # %% ../nbs/05b_ppo.ipynb #ee0a7345
@@ -1124,7 +1144,7 @@ class Checkpoint:
         "Begin new episodes with a seed that depends on the run's seed and the number of updates alone."
         run.stream.reset(int(np.random.SeedSequence([run.seed, len(run.history)]).generate_state(1)[0]) // 2)
 
-
+# %% ../nbs/05b_ppo.ipynb #e5dc3840
 def running_moments(
     run: Run,                        # any
 ) -> dict[str, RunningMoments]:      # name -> moments, of those that the run has
@@ -1155,7 +1175,7 @@ def save_run(
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-
+# %% ../nbs/05b_ppo.ipynb #75e19542
 def load_run(
     run: Run,    # of the same settings, at its start; changed in place
     path: Path,  # of the file
