@@ -326,7 +326,7 @@ _APPROX_KL = Exercise("rlhf_course.ppo:approx_kl", _kl_probes, (
     ("Masked steps count in the mean: divide by the number of steps that count.", lambda *a: _kl(*a, mean=lambda x, mask: x.mean())),
     ("You summed over the steps: the mean over those that count is wanted.", lambda *a: _kl(*a, mean=lambda x, mask: x.sum())),
     ("The mask is not used: what stands at masked steps must not be read.", lambda logprobs, old, mask=None: _kl(logprobs, old)),
-), atol=1e-13)
+), atol=1e-10)
 
 # %% ../nbs/93a_bank_ppo.ipynb #5cdf4322
 def _explained_probes() -> list[Call]:
@@ -361,7 +361,7 @@ _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
     ("Where the returns do not vary the result is NaN: there is nothing to explain.", lambda *a: _explained(*a, otherwise=0.0)),
     ("You added the values to the returns: the errors are their difference.",
      lambda *a: _explained(*a, part=lambda v, r, m: masked_variance(r + v, m))),
-    ("You forgot the square root's opposite: this is the correlation, whose square is a share of variance, and which forgives a wrong scale.",
+    ("This is the correlation, which forgives predictions of the wrong size: 1 minus the share that is left does not.",
      lambda values, returns, mask=None: (lambda v, r: torch.where(r.var() > 0, ((v - v.mean()) * (r - r.mean())).sum() / (
          (len(r) - 1) * v.std() * r.std()), torch.nan))(*(x.flatten() if mask is None else x[mask] for x in (values, returns)))),
     ("The mask is not used: what stands at masked steps must not be read.", lambda values, returns, mask=None: _explained(values, returns)),
