@@ -228,17 +228,17 @@ BUGS: dict[str, Bug] = {
         "The loss is minus the objective. Check it on one action with a positive advantage: after a step it must be likelier.",
         parts=_in_update(loss_fn=_downhill_loss)),
     "old log-probabilities renewed": Bug(
-        "The old log-probabilities are computed anew before each pass.", "KL and clip fraction stay far below the healthy range from the start, and yet the entropy collapses: the clip sees no distance.",
+        "The old log-probabilities are computed anew before each pass.", "Early, KL and clip fraction are far below the healthy range, and yet the entropy collapses: the clip sees no distance.",
         "Store the log-probabilities when the actions are drawn, and leave them alone until the next rollout.",
         parts={"update_fn": _forgetful_update}),
     "leak through ends": Bug(
-        "GAE does not cut its trace where an episode ends.", "Advantages are twice as spread out early and the value loss is high; learning is late, then it recovers.",
+        "GAE does not cut its trace where an episode ends.", "Early, advantages are more spread out and the value loss is twice as high; learning is late, then it recovers.",
         "Multiply the trace by 1 - done, with done = terminated | truncated.", parts=_in_update(advantage_fn=_leaking_gae)),
     "truncated is dead": Bug(
         "Truncation is treated as termination.", "While many episodes run out of time, values explain nothing; learning is late.",
         "Bootstrap a truncated step from the value of its final observation.", parts=_in_update(advantage_fn=_dying_gae)),
     "life after death": Bug(
-        "Terminal states are bootstrapped from.", "The explained variance never rises, and advantages are negative on average and small: the values sink together, one after the other.",
+        "Terminal states are bootstrapped from.", "The explained variance never rises, and advantages stay negative on average: values that should end at a terminal state sink on and on.",
         "The next value counts 0 where the episode has terminated.", parts=_in_update(advantage_fn=_immortal_gae)),
     "rewards in the hundreds": Bug(
         "Rewards are large, and neither they nor the advantages are normalised.", "Advantage mean, spread, gradient norm and value loss are a hundred times the healthy ones; nothing is ever explained.",
@@ -248,7 +248,7 @@ BUGS: dict[str, Bug] = {
         "The entropy bonus has the wrong sign.", "The entropy ends below the healthy range, and everything else is in order.",
         "The loss takes ent_coef times the entropy away.", parts=_in_update(loss_fn=_punished_entropy_loss)),
     "returns for advantages": Bug(
-        "The returns are taken for advantages.", "The advantage mean is far from 0 and follows the return; the values are well explained.",
+        "The returns are taken for advantages.", "The advantage mean is far from 0 and follows the return; the values are learned, but later.",
         "Subtract the values: advantages and returns are two results of compute_gae.", parts=_in_update(advantage_fn=_returns_for_advantages)),
     "moving targets": Bug(
         "The gradient of the value loss also flows into the targets.", "The explained variance stays at 0 as if the values were not trained, and the value loss does not fall.",
