@@ -245,8 +245,8 @@ BUGS: dict[str, Bug] = {
         "Scale the rewards by the running spread of the return, and normalise the advantages.",
         parts={"rollout_fn": _hundredfold_rollout} | _in_update(normalize_fn=lambda advantages: advantages)),
     "entropy punished": Bug(
-        "The entropy bonus has the wrong sign.", "The entropy ends below the healthy range, and everything else is in order.",
-        "The loss takes ent_coef times the entropy away.", parts=_in_update(loss_fn=_punished_entropy_loss)),
+        "The entropy bonus has the wrong sign.", "Hardly anything here: with a coefficient of 0.02 the entropy ends a little lower. With a larger one it collapses early.",
+        "Subtract ent_coef times the entropy from the loss; check it once with a large coefficient, which must keep the policy uniform.", parts=_in_update(loss_fn=_punished_entropy_loss)),
     "returns for advantages": Bug(
         "The returns are taken for advantages.", "The advantage mean is far from 0 and follows the return; the values are learned, but later.",
         "Subtract the values: advantages and returns are two results of compute_gae.", parts=_in_update(advantage_fn=_returns_for_advantages)),
@@ -410,7 +410,12 @@ def features(
 def healthy_spread(
     healthy: Mapping[str, Sequence[Mapping[str, list[float]]]],  # ward -> its condensed healthy runs, at least two a ward
 ) -> np.ndarray:                                                 # standard deviation over seeds, (2 * diagnostics,)
-    "The standard deviation of each feature over healthy runs of one ward, pooled over the wards."
+    """The standard deviation of each feature over healthy runs of one ward, pooled over the wards.
+
+    Raises: ValueError for a ward with fewer than two runs.
+    """
+    if min(map(len, healthy.values()), default=0) < 2:
+        raise bad_argument("healthy_spread", "healthy", "at least two runs a ward, better five", {ward: len(group) for ward, group in healthy.items()}, "train more seeds")
     return np.sqrt(np.mean([np.var([features(run) for run in group], axis=0, ddof=1) for group in healthy.values()], axis=0))
 
 

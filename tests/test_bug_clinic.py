@@ -96,6 +96,6 @@ def test_runs_that_are_too_short_and_names_that_are_not_there_are_refused():
     """With the function named."""
     rows = [dict.fromkeys(DIAGNOSTICS, float("nan") if i == 0 else 1.0) for i in range(2 * N_POINTS)]
     assert condense(rows)["entropy"] == [1.0] * N_POINTS  # a NaN before the first episode does not spread
-    for function, args in ((condense, (rows[:5],)), (sick_training, ("influenza", 0)), (ward_training, ("icu", 0))):
+    for function, args in ((condense, (rows[:5],)), (healthy_spread, ({"a": [course(1.0)]},)), (sick_training, ("influenza", 0)), (ward_training, ("icu", 0))):
         with pytest.raises(ValueError, match=f"{function.__name__}: "):
             function(*args)
