@@ -308,11 +308,11 @@ def condense(
 
 
 class _Chart(LessonFigure):
-    "A figure of few colours: the lesson holds fifteen of them."
+    "A figure in four greys: the lesson holds fifteen of them."
 
     def _repr_png_(self) -> bytes:
         small = io.BytesIO()
-        Image.open(io.BytesIO(figure_to_png(self))).convert("RGB").quantize(8, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        Image.open(io.BytesIO(figure_to_png(self))).convert("L").convert("RGB").quantize(4, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
         return small.getvalue()
 
 
