@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .checks import bad_argument
 from .plots import LessonFigure, figure_to_png, new_figure
-from .policy_gradient import check_aligned, compute_gae
+from .policy_gradient import compute_gae
 from .ppo import PPOConfig, RewardScaler, make_agent, ppo_loss, rollout, to_environment, train, update, value_loss
 
 # %% ../nbs/05d_bug_clinic.ipynb #1970aad4
