@@ -10,10 +10,236 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .checks import Call, Exercise, call
 from .policy_gradient import masked_mean, zero_masked
 from .ppo import masked_variance
+
+# %% ../nbs/93a_bank_ppo.ipynb #8c41ea4f
+def _trace(terms: Tensor, carry: Tensor, forward: bool = False) -> Tensor:
+    "x_t = terms_t + carry_t x_{t+1}, from the last row to the first; `forward` from the first to the last."
+    result, following = torch.empty_like(terms), torch.zeros_like(terms[0])
+    for t in range(len(terms)) if forward else reversed(range(len(terms))):
+        result[t] = following = terms[t] + carry[t] * following
+    return result
+
+
+def _goes_on(done: Tensor, like: Tensor) -> Tensor:
+    "1 where the episode goes on after a step, 0 where it ended with it."
+    return (~done).to(like.dtype)
+
+
+def _counted(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    "The tensors with zeros at masked steps."
+    return tensors if mask is None else tuple(torch.where(mask, tensor, 0) for tensor in tensors)
+
+
+def _up(x: Tensor, last: Tensor | float = 0) -> Tensor:
+    "Each row holds the one below; the last one `last`."
+    return torch.cat([x[1:], torch.zeros_like(x[:1]) + last])
+
+
+def _flags(*shape: int, seed: int, share: float) -> Tensor:
+    "True now and then."
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def _noise(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    "Normal numbers that depend on the seed alone."
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _returns_probes() -> list[Call]:
+    "Ends in the middle, none, all; masked steps with and without NaN; gamma from 0 to 1."
+    done, mask = _flags(7, 3, seed=1, share=0.3), ~_flags(7, 3, seed=2, share=0.3)
+    rewards = _noise(7, 3, seed=3)
+    return [call(rewards, done, gamma=0.5), call(_noise(4, 2, seed=4), torch.zeros(4, 2, dtype=torch.bool)),
+            call(_noise(6, 1, seed=5, dtype=torch.float64), _flags(6, 1, seed=6, share=0.4), gamma=0.9), call(rewards, done, mask, gamma=0.8),
+            call(rewards, ~done, gamma=1.0), call(torch.where(mask, rewards, torch.nan), done, mask, gamma=0.7), call(rewards, done, gamma=0.0),
+            call(_noise(1, 2, seed=7), torch.tensor([[True, False]]), gamma=0.5)]
+
+
+_DISCOUNTED_RETURNS = Exercise("rlhf_course.policy_gradient:discounted_returns", _returns_probes, (
+    ("You lost gamma: what comes a step later is worth gamma times as much.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, _goes_on(done, r)))),
+    ("You do not cut at the end of an episode: rewards of the next one leak into it; G_{t+1} counts as 0 where step t is done.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, torch.full_like(r, gamma)))),
+    ("You cut one step too early: done[t] says that step t was the last one, so its own reward still belongs to step t - 1.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(_up(done), r)))),
+    ("You cut one step too late: done[t], not done[t - 1], says whether anything after step t belongs to its episode.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(torch.cat([torch.zeros_like(done[:1]), done[:-1]]), r)))),
+    ("You have the test the wrong way round: the return is carried on where the episode is not done.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(~done, r)))),
+    ("You summed from the front: the return of a step is about what comes after it, so go from the last row to the first.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done, r)), forward=True)),
+    ("You left out the reward of the step itself: G_t begins with r_t, undiscounted.",
+     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r, gamma * _goes_on(done, r))) - r)[0]),
+    ("You discounted the reward of the step itself: gamma multiplies G_{t+1} alone.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, gamma * r, gamma * _goes_on(done, r)))),
+    ("You took the return of the first row for all rows: each step has its own, from itself on.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done, r)))[:1].expand_as(r).clone()),
+    ("You did not use the mask: a masked step has return 0 and hands nothing on.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(r, gamma * _goes_on(done, r))),
+    ("You multiplied by the mask: 0 times NaN is NaN; choose with torch.where, as zero_masked does.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace(r * (1 if mask is None else mask), gamma * _goes_on(done, r) * (1 if mask is None else mask))),
+    ("You took the rewards of masked steps out, but still carry returns across them: their factor must be 0 too.",
+     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r), gamma * _goes_on(done, r)))[0]),
+    ("You took masked steps out of the result only: they must not hand anything on to the step before either.",
+     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(r, gamma * _goes_on(done, r)))[0]),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #c57e86ea
+def _gae_batch(shape: tuple[int, int], seed: int, ends: float = 0.2, gaps: float = 0.0, junk: float | None = None) -> list[Tensor]:
+    "Rewards, values, next values, terminated, done and mask."
+    rewards, values, finals = (_noise(*shape, seed=seed + i) for i in range(3))
+    terminated, truncated, mask = _flags(*shape, seed=seed + 3, share=ends), _flags(*shape, seed=seed + 4, share=ends), ~_flags(*shape, seed=seed + 5, share=gaps)
+    done = terminated | truncated
+    next_values = torch.where(done, finals, _up(values, finals[-1]))
+    if junk is not None:
+        rewards, values, next_values = (torch.where(mask, x, junk) for x in (rewards, values, next_values))
+        next_values = torch.where(terminated, junk, next_values)
+    return [rewards, values, next_values, terminated, done, mask]
+
+
+def _gae_probes() -> list[Call]:
+    "With ends and without, with masked steps and without, with NaN where nothing is read; limits of gamma and lambda."
+    return [call(*_gae_batch((7, 3), 1)[:5], gamma=0.9, gae_lambda=0.8), call(*_gae_batch((5, 2), 11, ends=0.0)[:5]),
+            call(*_gae_batch((8, 3), 21, gaps=0.3), gamma=0.8, gae_lambda=0.5), call(*_gae_batch((6, 4), 31)[:5], gamma=0.7, gae_lambda=0.0),
+            call(*_gae_batch((9, 2), 41, gaps=0.3, junk=torch.nan), gamma=0.5, gae_lambda=0.9), call(*_gae_batch((6, 2), 51)[:5], gamma=1.0, gae_lambda=1.0),
+            call(*_gae_batch((1, 3), 61, ends=0.4)[:5], gamma=0.5, gae_lambda=0.5)]
+
+
+def _gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, mask: Tensor | None, carry: float,
+         gamma: float) -> tuple[Tensor, Tensor]:
+    "What both results are for a discount of the next value and a factor of the trace, where `terminated` and `done` say what is left out."
+    future = torch.where(terminated, 0, next_values)
+    deltas, factor, values = _counted(mask, rewards + gamma * future - values, carry * _goes_on(done, rewards), values)
+    advantages = _trace(deltas, factor)
+    return advantages, advantages + values
+
+
+_NEVER = torch.zeros((), dtype=torch.bool)
+_COMPUTE_GAE = Exercise("rlhf_course.policy_gradient:compute_gae", _gae_probes, (
+    ("You lost lambda: the trace is multiplied by gamma times gae_lambda at each step.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma, gamma)),
+    ("You lost gamma in the trace: what is carried on is gamma times gae_lambda times the next advantage.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gae_lambda, gamma)),
+    ("You lost gamma in front of the next value: the one-step error is r + gamma V_next - V.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma * gae_lambda, 1.0)),
+    ("You applied lambda twice: it belongs to the trace alone, not to the next value.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma * gae_lambda)),
+    ("You do not cut the trace at the end of an episode: advantages of the next one leak into it.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done & _NEVER, mask, gamma * gae_lambda, gamma)),
+    ("You cut the trace at terminations only: a truncated episode is over too, what follows it in the data is another one.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, term, mask, gamma * gae_lambda, gamma)),
+    ("You treat truncation as termination: where only the time ran out the future still has its value, so leave out next_values only where terminated.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, done, done, mask, gamma * gae_lambda, gamma)),
+    ("You bootstrap through a termination: after it there is no future, so its next value is never read.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term & _NEVER, done, mask, gamma * gae_lambda, gamma)),
+    ("You multiplied the next values by (1 - terminated): 0 times NaN is NaN; choose with torch.where, as zero_masked does.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv * _goes_on(term, r), term & _NEVER, done, mask, gamma * gae_lambda, gamma)),
+    ("You took the values of the next row: at the end of an episode that is another episode's; next_values has the right ones.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, _up(v), term, done, mask, gamma * gae_lambda, gamma)),
+    ("You turned the sign round: the advantage is what came minus what was expected, r + gamma V_next - V.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, ret: (-a, ret - 2 * a))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You left out the one-step error's baseline: V of the step itself is subtracted.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, a + _counted(mask, v)[0]))(*_gae(r, torch.zeros_like(v), nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You looked at the done flag of the row below: done[t] itself says whether the trace is cut after step t.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, _up(done), mask, gamma * gae_lambda, gamma)),
+    ("You went from the first row to the last: an advantage gathers what comes after, so begin at the last row.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (lambda a, values: (a, a + values))(
+         _trace(*_counted(mask, r + gamma * torch.where(term, 0, nv) - v, gamma * gae_lambda * _goes_on(done, r)), forward=True), *_counted(mask, v))),
+    ("You did not use the mask: masked steps have advantage and return 0 and hand nothing on.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, None, gamma * gae_lambda, gamma)),
+    ("You took masked steps out of the results only: what they hold has already been handed on to the step before.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _counted(mask, *_gae(r, v, nv, term, done, None, gamma * gae_lambda, gamma))),
+    ("Your returns at masked steps still hold the values: both results are 0 there.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, a + v))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("Your second result is the advantages again: the returns are the advantages plus the values.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, a))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("Your returns are the plain discounted rewards: they are the advantages plus the values, so that they too look ahead by V.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, _: (a, _trace(*_counted(mask, r, gamma * _goes_on(done, r)))))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You returned them in the other order: advantages first, then returns.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma)[::-1]),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #5605485e
+def _real_steps_probes() -> list[Call]:
+    "Ends now and then, an end in the last row, an end before the first; one row; nothing done."
+    return [call(_flags(7, 3, seed=1, share=0.3), torch.tensor([True, False, False])),
+            call(torch.tensor([[False, True], [False, False], [True, False]]), torch.tensor([False, False])),
+            call(torch.tensor([[True, False, True]]), torch.tensor([True, True, False])), call(torch.zeros(4, 2, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)),
+            call(torch.zeros(3, 2, dtype=torch.bool), torch.tensor([False, True]))]
+
+
+_REAL_STEPS = Exercise("rlhf_course.policy_gradient:real_steps", _real_steps_probes, (
+    ("You masked the step that ends the episode: that one is real, the step after it is not.",
+     lambda done, done_before: ~done),
+    ("You have it the wrong way round: True marks the steps that count.",
+     lambda done, done_before: torch.cat([done_before[None], done[:-1]])),
+    ("You forgot the step before the first row: if it was done, the first row only resets.",
+     lambda done, done_before: ~torch.cat([torch.zeros_like(done[:1]), done[:-1]])),
+    ("You took the last row for the one before the first, as torch.roll does: that is done_before.",
+     lambda done, done_before: ~done.roll(1, 0)),
+    ("You masked the step before the end: look at the row above, not at the row below.",
+     lambda done, done_before: ~_up(done)),
+    ("You masked the end too: only the step after it is not real.",
+     lambda done, done_before: ~(torch.cat([done_before[None], done[:-1]]) | done)),
+    ("You masked everything after the first end: the step after the reset counts again.",
+     lambda done, done_before: torch.cat([done_before[None], done[:-1]]).long().cumsum(0) == 0),
+    ("You have one row too many: leave out the last row of done, it is about the next rollout.",
+     lambda done, done_before: ~torch.cat([done_before[None], done])),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #553cf4b4
+def _following_probes() -> list[Call]:
+    "Both modes; an end in the last row; NaN where a final value is not to be read; one row."
+    values, finals, done = _noise(6, 3, seed=1), _noise(6, 3, seed=2), _flags(6, 3, seed=3, share=0.35)
+    done[-1] = torch.tensor([True, False, True])
+    last = _noise(3, seed=4)
+    return [call(values, last, done), call(values, last, done, finals), call(values, last, done, torch.where(done, finals, torch.nan)),
+            call(values[:1], last, done[-1:], finals[:1]), call(values[:4], last, torch.zeros(4, 3, dtype=torch.bool)),
+            call(values.double(), last.double(), ~done, finals.double())]
+
+
+def _moved_up(values: Tensor, last_values: Tensor, done: Tensor, final_values: Tensor | None) -> Tensor:
+    "The right answer."
+    following = torch.cat([values[1:], last_values[None]])
+    return following if final_values is None else torch.where(done, final_values, following)
+
+
+_FOLLOWING_VALUES = Exercise("rlhf_course.policy_gradient:following_values", _following_probes, (
+    ("You let the last row wrap round to the first, as torch.roll does: after the last step comes last_values.",
+     lambda v, last, done, final=None: _moved_up(v, v[0], done, final)),
+    ("You moved the rows the wrong way: after step t comes row t + 1.",
+     lambda v, last, done, final=None: torch.cat([last[None], v[:-1]]) if final is None else torch.where(done, final, torch.cat([last[None], v[:-1]]))),
+    ("You did not use the final values: in same-step mode the next row at an end is already the next episode.",
+     lambda v, last, done, final=None: _moved_up(v, last, done, None)),
+    ("You put 0 at every end: that is for compute_gae to decide, and it does so only at terminated steps.",
+     lambda v, last, done, final=None: torch.where(done, 0, _moved_up(v, last, done, final))),
+    ("You put 0 at the ends of next-step mode: there the next row shows the final observation, so its value is the right one.",
+     lambda v, last, done, final=None: torch.where(done, 0, _moved_up(v, last, done, final)) if final is None else _moved_up(v, last, done, final)),
+    ("You took the final values everywhere: they are meant for the steps that are done.",
+     lambda v, last, done, final=None: _moved_up(v, last, done, final) if final is None else final.clone()),
+    ("You chose the wrong way round: final values where done, the next row elsewhere.",
+     lambda v, last, done, final=None: _moved_up(v, last, ~done, final)),
+    ("You put the final values one row too late: they belong to the step that is done.",
+     lambda v, last, done, final=None: _moved_up(v, last, torch.cat([torch.zeros_like(done[:1]), done[:-1]]), final)),
+    ("You forgot the final values in the last row: it may be the end of an episode too.",
+     lambda v, last, done, final=None: torch.cat([_moved_up(v, last, done, final)[:-1], last[None]])),
+    ("You added the choice up with products: 0 times NaN is NaN; use torch.where.",
+     lambda v, last, done, final=None: _moved_up(v, last, done, None) if final is None else done * final + ~done * _moved_up(v, last, done, None)),
+    ("You did not move the rows: these are the values before each step, not after it.",
+     lambda v, last, done, final=None: v.clone() if final is None else torch.where(done, final, v)),
+    ("You have one row too many: leave out the first row of values.",
+     lambda v, last, done, final=None: torch.cat([v, last[None]])),
+))
 
 # %% ../nbs/93a_bank_ppo.ipynb #15f63650
 def _surrogate_probes() -> list[Call]:
@@ -218,7 +444,162 @@ _MOMENTS = Exercise("rlhf_course.ppo:combine_moments", _moments_probes, (
      lambda *a: (lambda m, v, n: (m, np.sqrt(v), n))(*_moments(*a))),
 ))
 
+# %% ../nbs/93a_bank_ppo.ipynb #c59cf49f
+def _ratio_probes() -> list[Call]:
+    "Two passes and more; small moves and large ones."
+    return [call(-_noise(3, 4, seed=1).abs()), call(-_noise(2, 5, seed=2, dtype=torch.float64).abs()), call(-1 - 0.1 * _noise(4, 3, seed=3).abs()),
+            call(-4 * _noise(5, 2, seed=4).abs())]
+
+
+_KEPT_RATIOS = Exercise("rlhf_course.bug_clinic:kept_ratios", _ratio_probes, (
+    ("You renew the old log-probabilities in each pass: every ratio is 1, and the clip never sees how far the policy has gone.",
+     lambda logprobs: (logprobs - logprobs.detach()).exp()),
+    ("You compare each pass with the one before it: the data were drawn in pass 0, so that is the old policy in all rows.",
+     lambda logprobs: (logprobs - torch.cat([logprobs[:1], logprobs[:-1]]).detach()).exp()),
+    ("You let the gradient flow into the old log-probabilities: they are data, so detach them.",
+     lambda logprobs: (logprobs - logprobs[0]).exp()),
+    ("You have the ratio upside down: new probability over old one.",
+     lambda logprobs: (logprobs[0].detach() - logprobs).exp()),
+    ("You left out the exponential: a difference of logarithms is the logarithm of the ratio.",
+     lambda logprobs: logprobs - logprobs[0].detach()),
+    ("You divided the log-probabilities: exponentiate their difference.",
+     lambda logprobs: logprobs / logprobs[0].detach()),
+    ("You subtracted the probabilities: a ratio is wanted.",
+     lambda logprobs: logprobs.exp() - logprobs[0].detach().exp()),
+    ("You compare with the last pass: the actions were drawn in the first.",
+     lambda logprobs: (logprobs - logprobs[-1].detach()).exp()),
+    ("You detached everything: the new log-probabilities need their gradient, only the old ones are data.",
+     lambda logprobs: (logprobs - logprobs[0]).detach().exp()),
+), gradients=True)
+
+# %% ../nbs/93a_bank_ppo.ipynb #024e18a7
+def _regression_probes() -> list[Call]:
+    "Few and many; both precisions."
+    return [call(_noise(4, seed=1), _noise(4, seed=2), _noise(4, seed=3)), call(*(_noise(7, seed=i, dtype=torch.float64) for i in (4, 5, 6))),
+            call(3 * _noise(3, seed=7), _noise(3, seed=8), 5 * _noise(3, seed=9)), call(_noise(1, seed=10), _noise(1, seed=11), _noise(1, seed=12))]
+
+
+def _half_square(x: Tensor) -> Tensor:
+    "Half the mean square."
+    return 0.5 * (x**2).mean()
+
+
+_REGRESSION_LOSS = Exercise("rlhf_course.bug_clinic:regression_loss", _regression_probes, (
+    ("Your targets move with the values: old_values belongs in them, else the values cancel and nothing is learned.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + values))),
+    ("Your targets are made of the present values: even detached they move with every pass; old_values is what the returns were made with.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + values).detach())),
+    ("You let the gradient flow into the targets: they are data, so detach them.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + old_values))),
+    ("You detached the values and not the targets: then the network that is to learn gets no gradient.",
+     lambda values, old_values, advantages: _half_square(values.detach() - (advantages + old_values))),
+    ("You trained the values towards the advantages: the returns are advantages plus old values.",
+     lambda values, old_values, advantages: _half_square(values - advantages.detach())),
+    ("You trained the values towards what they were: the advantages say where the returns lie from there.",
+     lambda values, old_values, advantages: _half_square(values - old_values.detach())),
+    ("You have the advantage with the wrong sign: return = advantage + old value.",
+     lambda values, old_values, advantages: _half_square(values - (old_values - advantages).detach())),
+    ("You left out the half: half the mean squared distance is wanted.",
+     lambda values, old_values, advantages: 2 * _half_square(values - (advantages + old_values).detach())),
+    ("You summed: a mean over the batch is wanted, so that its size does not set the step.",
+     lambda values, old_values, advantages: len(values) * _half_square(values - (advantages + old_values).detach())),
+    ("You took the mean before the square: errors of both signs would cancel.",
+     lambda values, old_values, advantages: 0.5 * (values - (advantages + old_values).detach()).mean() ** 2),
+    ("You took the absolute error: the square is wanted, whose minimum is the mean.",
+     lambda values, old_values, advantages: 0.5 * (values - (advantages + old_values).detach()).abs().mean()),
+), gradients=True)
+
+# %% ../nbs/93a_bank_ppo.ipynb #a44cc35a
+def _box_probes() -> list[Call]:
+    "One number and several, means beyond the bounds, wide and narrow distributions."
+    return [call(_noise(5, 1, seed=1), torch.tensor([0.2]), _noise(5, 1, seed=2), -1.0, 1.0), call(2 * _noise(4, 3, seed=3), torch.tensor([-1.0, 0.0, 0.7]), _noise(4, 3, seed=4), -1.0, 1.5),
+            call(_noise(6, 2, seed=5, dtype=torch.float64), torch.tensor([-0.5, 0.4], dtype=torch.float64), _noise(6, 2, seed=6, dtype=torch.float64), -0.5, 2.0),
+            call(torch.full((3, 2), 1.5), torch.tensor([-1.0, -2.0]), _noise(3, 2, seed=7), -1.0, 1.0)]
+
+
+def _log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    "Of each number."
+    return torch.distributions.Normal(mean, std, validate_args=False).log_prob(x)
+
+
+def _boxed(mean: Tensor, log_std: Tensor, noise: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    "The right answer."
+    drawn = mean + log_std.exp() * noise
+    return drawn, drawn.clamp(low, high), _log_density(drawn, mean, log_std.exp().expand_as(mean)).sum(-1)
+
+
+_ACT_IN_BOX = Exercise("rlhf_course.bug_clinic:act_in_box", _box_probes, (
+    ("You took the log-density of the clipped action: it was never drawn, so its score pushes the mean to the bound.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, _: (d, s, _log_density(s, mean, log_std.exp().expand_as(mean)).sum(-1)))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped the action and kept nothing else: the drawn one and its log-density are what is learned from.",
+     lambda mean, log_std, noise, low, high: (lambda s: (s, s, _log_density(s, mean, log_std.exp().expand_as(mean)).sum(-1)))(_boxed(mean, log_std, noise, low, high)[1])),
+    ("You keep the clipped action for learning: its log-probability under the next policy would not be that of the drawn one.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (s, s, p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You send the action as it was drawn: the environment takes only what lies between low and high.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d, p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You swapped drawn and sent: drawn first, then sent.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (s, d, p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped the mean and then drew: what is drawn around a clipped mean can still lie outside, and it is another policy.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d, p))(*_boxed(mean.clamp(low, high), log_std, noise, low, high))),
+    ("You multiplied the noise by log_std: the standard deviation is its exponential.",
+     lambda mean, log_std, noise, low, high: (lambda d: (d, d.clamp(low, high), (-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)))(mean + log_std * noise)),
+    ("You took exp(log_std) for the variance: it is the standard deviation.",
+     lambda mean, log_std, noise, low, high: _boxed(mean, log_std / 2, noise, low, high)),
+    ("You left out -log_std: a narrower distribution is denser.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + log_std.sum()))(*_boxed(mean, log_std, noise, low, high))),
+    ("You have log_std in the density with the wrong sign: a narrower distribution is denser, so it is subtracted.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + 2 * log_std.sum()))(*_boxed(mean, log_std, noise, low, high))),
+    ("You left out log(2 pi) / 2: the density would not integrate to 1.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + 0.5 * np.log(2 * np.pi) * mean.shape[-1]))(*_boxed(mean, log_std, noise, low, high))),
+    ("You did not sum over the numbers of an action: one log-density an action is wanted, (B,).",
+     lambda mean, log_std, noise, low, high: (lambda d, s, _: (d, s, _log_density(d, mean, log_std.exp().expand_as(mean))))(*_boxed(mean, log_std, noise, low, high))),
+    ("You took the mean over the numbers of an action: independent densities multiply, so their logarithms add up.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p / mean.shape[-1]))(*_boxed(mean, log_std, noise, low, high))),
+))
+
+# %% ../nbs/93a_bank_ppo.ipynb #01cc4a1f
+def _minibatch_probes() -> list[Call]:
+    "Sizes that divide and sizes that do not; one part; enough rows that no order is in order by chance."
+    return [call(24, 4, 0), call(50, 7, 1), call(41, 1, 2), call(64, 2, 3), call(30, 8, 4)]
+
+
+def _minibatch_facts(parts: list[Tensor], n_rows: int, n_minibatches: int, seed: int) -> tuple:
+    "Sizes, the sorted rows, whether all is in order, how many parts of several rows are neighbours in a run."
+    rows = torch.cat([torch.as_tensor(part) for part in parts])
+    runs = sum(len(part) > 2 and bool((part.sort().values.diff() == 1).all()) for part in parts) if len(parts) > 1 else 0
+    return [len(part) for part in parts], rows.sort().values, bool((rows.diff() > 0).all()), bool((rows.diff() < 0).all()), runs, all(bool((part.diff() > 0).all()) for part in parts)
+
+
+def _order(n_rows: int, seed: int) -> Tensor:
+    "A random order."
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + 100))
+
+
+_EPOCH_MINIBATCHES = Exercise("rlhf_course.bug_clinic:epoch_minibatches", _minibatch_probes, (
+    ("You did not shuffle: neighbours in time stay together, and every pass sees the same parts.",
+     lambda n_rows, n_minibatches, seed: list(torch.arange(n_rows).tensor_split(n_minibatches))),
+    ("You reversed the rows: that is an order, but not a random one.",
+     lambda n_rows, n_minibatches, seed: list(torch.arange(n_rows).flip(0).tensor_split(n_minibatches))),
+    ("You drew with replacement: some rows are used twice in a pass and others never; use a permutation.",
+     lambda n_rows, n_minibatches, seed: list(torch.randint(n_rows, (n_rows,), generator=torch.Generator().manual_seed(seed)).tensor_split(n_minibatches))),
+    ("You lose the rows that do not fit: the parts may differ by one row, and together they hold all.",
+     lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed)[: n_rows // n_minibatches * n_minibatches - (n_rows % n_minibatches == 0)].tensor_split(n_minibatches))),
+    ("You shuffled within the parts only: the rows of a part are still neighbours in time.",
+     lambda n_rows, n_minibatches, seed: [part[_order(len(part), seed)] for part in torch.arange(n_rows).tensor_split(n_minibatches)]),
+    ("You dealt the rows out like cards: row i always goes to part i mod n; that mixes, but every pass is the same.",
+     lambda n_rows, n_minibatches, seed: [torch.arange(i, n_rows, n_minibatches) for i in range(n_minibatches)]),
+    ("Your sizes differ by more than one: cut with tensor_split, which spreads the remainder.",
+     lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).split([n_rows // n_minibatches - (n_minibatches > 1)] * (n_minibatches - 1) + [
+         n_rows - (n_rows // n_minibatches - (n_minibatches > 1)) * (n_minibatches - 1)]))),
+    ("You returned all rows in one part: cut the order into n_minibatches parts.",
+     lambda n_rows, n_minibatches, seed: [_order(n_rows, seed)]),
+    ("You count from 1: rows are numbered from 0.",
+     lambda n_rows, n_minibatches, seed: list((_order(n_rows, seed) + 1).tensor_split(n_minibatches))),
+), relevant=_minibatch_facts)
+
 # %% ../nbs/93a_bank_ppo.ipynb #2d6fc40e
 PPO_EXERCISES: tuple[Exercise, ...] = (
+    _DISCOUNTED_RETURNS, _COMPUTE_GAE, _REAL_STEPS, _FOLLOWING_VALUES,
     _SURROGATE, _APPROX_KL, _EXPLAINED, _GAUSSIAN, _MOMENTS,
+    _KEPT_RATIOS, _REGRESSION_LOSS, _ACT_IN_BOX, _EPOCH_MINIBATCHES,
 )
