@@ -331,7 +331,8 @@ def center_rewards(
     generator = torch.Generator(model.device).manual_seed(config.seed)
     *_, sample, responses = _respond(model, tokenizer, list(prompts), config, generator)
     ended = sample.ended.cpu() if sample.ended.any() else torch.ones(len(prompts), dtype=torch.bool)
-    offset = float(reward_fn(list(prompts), responses).cpu()[ended].mean())
+    scores = score_rollout(reward_fn, list(prompts), responses, torch.ones_like(ended), config.missing_end_score)
+    offset = float(scores[ended].mean())
     return lambda prompts, responses: reward_fn(prompts, responses) - offset
 
 # %% ../nbs/06_rlhf.ipynb #38e869d6

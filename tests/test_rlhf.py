@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -24,6 +25,7 @@ from rlhf_course.rlhf import (
     PolicyWithValue,
     RLHFConfig,
     TrainingState,
+    adapt_kl_coef,
     center_rewards,
     collect_rollout,
     evaluate_tokens,
@@ -37,7 +39,7 @@ from rlhf_course.rlhf import (
     update_policy,
 )
 from rlhf_course.tiny_arena import tiny_arena, utility
-from rlhf_course.tiny_lm import encode_prompts, load_tiny_lm, tiny_llama, train_bpe_tokenizer
+from rlhf_course.tiny_lm import encode_prompts, load_tiny_lm, sample_responses, tiny_llama, train_bpe_tokenizer
 
 ARENA = tiny_arena()
 MODEL, TOKENIZER = load_tiny_lm()
@@ -270,7 +272,6 @@ def test_reward_model_with_another_tokenizer():
         seen.extend(responses)
         return score_responses(reward_model, other, prompts, responses)
 
-    import tempfile
     with tempfile.TemporaryDirectory() as folder:
         language_model.save_pretrained(folder)
         reward_model = new_reward_model(folder, other)
@@ -351,15 +352,40 @@ def test_padding_changes_no_gradient():
 def test_snapshots_and_adaptive_price():
     """Each divergence is kept at the first rollout that reaches it; the price rises where the divergence is above its target."""
     policy = new_policy()
-    snapshots = KLSnapshots(policy, at=(0.05, 0.2, 50.0))
-    config = replace(SMALL, n_updates=6, learning_rate=2e-3, target_kl=0.01, kl_coef=0.05)
+    snapshots = KLSnapshots(policy, at=(0.02, 0.1, 50.0))
+    config = replace(SMALL, n_updates=6, learning_rate=5e-4, target_kl=0.01, kl_coef=0.05)
     history = train(policy, config, callbacks=[snapshots, lambda update, rollout, stats: {"twice": 2 * stats["kl"]}])
-    due = {nats: next(row["update"] for row in history if row["kl"] >= nats) for nats in (0.05, 0.2)}
+    due = {nats: next(row["update"] for row in history if row["kl"] >= nats) for nats in (0.02, 0.1)}
     assert {nats: row["update"] for nats, row in snapshots.rows.items()} == due and history[-1]["twice"] == 2 * history[-1]["kl"]
-    assert history[-1]["kl_coef"] > 0.05 and not same_weights(snapshots.restore(0.05, new_policy()), policy)
+    prices = [0.05, *(adapt_kl_coef(row["kl_coef"], row["kl"], 0.01, config.batch_size, config.kl_horizon) for row in history)]
+    assert [row["kl_coef"] for row in history] == prices[:-1] and len(set(prices)) > 2
+    assert not same_weights(snapshots.restore(0.02, new_policy()), policy)
     with pytest.raises(ValueError, match="not reached"):
         snapshots.restore(50.0)
     assert isinstance(out_of_band(history), dict)
+
+
+def test_dropout_is_off():
+    """A model in training mode with dropout is asked twice, and says the same."""
+    model = tiny_llama(TOKENIZER, hidden_size=64, n_layers=1).train()
+    model.config.attention_dropout = model.model.layers[0].self_attn.attention_dropout = 0.5
+    ids, mask = encode_prompts(TOKENIZER, ARENA.prompts[:2])
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)  # dropout does something
+    policy = PolicyWithValue(model)
+    asked = [policy(ids, mask, 3)[0] for _ in range(2)]
+    assert torch.equal(*asked)
+
+
+def test_finished_rows_cost_nothing():
+    """Rows computed by the model after the prompt: exactly the tokens that are kept, whatever the longest response is."""
+    rows = []
+    model = copy.deepcopy(MODEL)
+    model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    ids, mask = encode_prompts(TOKENIZER, ARENA.prompts[:32])
+    sample = sample_responses(model, ids, mask, max_new_tokens=144, eos_token_id=TOKENIZER.eos_token_id, pad_token_id=TOKENIZER.pad_token_id,
+                              generator=torch.Generator().manual_seed(0))  # fmt: skip
+    n_tokens = sample.response_mask.sum(1)
+    assert sum(rows) == int(n_tokens.sum()) < 0.7 * sample.response_mask.numel() and len(rows) == int(n_tokens.max())
 
 
 def test_bfloat16_policy_trains():
