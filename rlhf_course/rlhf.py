@@ -283,10 +283,19 @@ def _reference(policy: PolicyWithValue, ref_model: PreTrainedModel | None):
                              "pass copy.deepcopy(model), or a policy with adapters")
 
 # %% ../nbs/06_rlhf.ipynb #6287e49a
+def _check_room(model: PreTrainedModel | PeftModel, prompt_mask: Tensor, config: RLHFConfig) -> None:
+    "Raises where a prompt leaves no room for a response in the model's context."
+    longest, limit = int(prompt_mask.sum(1).max()), getattr(model.config, "max_position_embeddings", math.inf)
+    if longest + config.max_new_tokens > limit:
+        raise bad_argument("train_rlhf", "prompts", f"at most {limit - config.max_new_tokens} tokens long, the model's {limit} minus max_new_tokens",
+                           f"one of {longest} tokens", "drop the long prompts, or lower max_new_tokens")
+
+
 def _respond(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], config: RLHFConfig,
              generator: torch.Generator) -> tuple[Tensor, Tensor, Sample, list[str]]:
     "The prompts as ids and mask, (B, P) long; the sample of `sample_responses`; and the responses as texts."
     prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, prompts))
+    _check_room(model, prompt_mask, config)
     sample = sample_responses(model, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
                               pad_token_id=tokenizer.pad_token_id, temperature=config.temperature, generator=generator)
     return prompt_ids, prompt_mask, sample, tokenizer.batch_decode(sample.response_ids, skip_special_tokens=True)
@@ -566,16 +575,6 @@ def _check_missing_end(rollout: Rollout, config: RLHFConfig) -> None:
         raise bad_argument("train_rlhf", "missing_end_score", f"below {mean:.2f}, the mean score of responses that end",
                            config.missing_end_score, "shift the rewards with center_rewards, or lower it")
 
-
-def _check_prompts(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], config: RLHFConfig) -> None:
-    "Raises where there is no prompt, or one that leaves no room for a response."
-    if not len(prompts): raise bad_argument("train_rlhf", "prompts", "at least one text", "none", "look at what was loaded or filtered")
-    n_tokens = encode_prompts(tokenizer, list(prompts))[1].sum(1)
-    longest, limit = int(n_tokens.argmax()), getattr(model.config, "max_position_embeddings", math.inf)
-    if n_tokens[longest] + config.max_new_tokens > limit:
-        raise bad_argument("train_rlhf", "prompts", f"at most {limit - config.max_new_tokens} tokens long, the model's {limit} minus max_new_tokens",
-                           f"{n_tokens[longest]} tokens in {prompts[longest][:60]!r}", "drop the long prompts, or lower max_new_tokens")
-
 # %% ../nbs/06_rlhf.ipynb #7312e485
 def train_rlhf(
     policy: PolicyWithValue, # trained in place
@@ -597,7 +596,8 @@ def train_rlhf(
     Raises: `ValueError` for prompts without room for a response, a reward function that fails (with update and prompt), a folder of another
     training, or where a response that never ends would score more than the average one that does; `FloatingPointError` for a gradient that is not finite.
     """
-    _check_prompts(policy.model, tokenizer, prompts, config)
+    if not len(prompts): raise bad_argument("train_rlhf", "prompts", "at least one text", "none", "look at what was loaded or filtered")
+    _check_room(policy.model, encode_prompts(tokenizer, sorted(prompts, key=len)[-64:])[1], config) # the longest at once, and each batch when it is drawn
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if folder is not None: _claim(folder, policy, prompts, config)
     state = TrainingState.start(policy, config)
@@ -627,11 +627,9 @@ def train_rlhf(
 
 # %% ../nbs/06_rlhf.ipynb #8c799be1
 PANELS: dict[str, tuple[str, float, float]] = { # statistic -> what its axis says, lowest and highest healthy value
-    "score": ("reward of a response", -math.inf, math.inf), "kl": ("divergence (nats a response)", -0.5, 10.0),
-    "entropy": ("entropy (nats a token)", 0.02, math.inf), "n_tokens": ("tokens a response", 2.0, math.inf),
-    "ended": ("share with an end token", 0.9, 1.0), "explained_variance": ("explained variance", 0.0, 1.0),
-    "clipfrac": ("share clipped", 0.01, 0.2), "approx_kl": ("move of an update (nats a token)", 0.0, 0.05),
-    "grad_norm": ("norm of the gradient", 0.0, math.inf),
+    "score": ("reward", -math.inf, math.inf), "kl": ("nats a response", -0.5, 10.0), "entropy": ("nats a token", 0.02, math.inf),
+    "n_tokens": ("tokens", 2.0, math.inf), "ended": ("share of responses", 0.9, 1.0), "explained_variance": ("share of variance", 0.0, 1.0),
+    "clipfrac": ("share of tokens", 0.01, 0.2), "approx_kl": ("nats a token", 0.0, 0.05), "grad_norm": ("norm", -math.inf, math.inf),
 }
 
 
