@@ -6,10 +6,281 @@
 __all__ = ['RLHF_EXERCISES']
 
 # %% ../nbs/93b_bank_rlhf.ipynb #200e16dd
+import math
+
 import torch
 from torch import Tensor
 
 from .checks import Call, Exercise, call
 
+# %% ../nbs/93b_bank_rlhf.ipynb #59b6b3c2
+def _random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    "Normal numbers that depend on the seed alone."
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _lengths_mask(n_rows: int, *lengths: int) -> Tensor:
+    "True for the first rows of each column."
+    return torch.arange(n_rows)[:, None] < torch.tensor(lengths)
+
+
+def _chosen_probes() -> list[Call]:
+    "Several shapes, lengths and temperatures, and logits so large that a softmax underflows."
+    ids = torch.tensor([[0, 3, 1, 6], [5, 5, 0, 2], [4, 1, 2, 2]])
+    return [call(_random(3, 4, 7, seed=0), ids, _lengths_mask(4, 4, 2, 3), 0.7), call(_random(3, 4, 7, seed=1), ids, _lengths_mask(4, 1, 4, 2)),
+            call(_random(1, 2, 3, seed=2), torch.tensor([[2, 0]]), _lengths_mask(2, 2), 2.0),
+            call(_random(3, 4, 7, seed=3), ids, _lengths_mask(4, 3, 3, 1), 1.3),
+            call(_random(3, 4, 7, seed=4, scale=300.0), ids, _lengths_mask(4, 2, 4, 4), 0.5)]
+
+
+def _of_chosen(scores, ids):
+    "The entry of each chosen token, time first."
+    return scores.gather(-1, ids[..., None])[..., 0].T
+
+
+def _entropy(log_p):
+    "In nats, time first."
+    return -(log_p.exp() * log_p).sum(-1).T
+
+
+def _both(mask, logprobs, entropy):
+    "Both, 0 where the mask is False."
+    return logprobs.where(mask, 0.0), entropy.where(mask, 0.0)
+
+
+def _cut_off(logits, k):
+    "Log-probabilities after all but the k largest logits are cut off."
+    return logits.masked_fill(logits < logits.topk(k, -1).values[..., -1:], -math.inf).log_softmax(-1)
+
+
+_CHOSEN_LOGPROBS = Exercise("rlhf_course.rlhf:chosen_logprobs", _chosen_probes, (
+    ("You ignored the temperature: the sampler divided the logits by it, so divide them before they are normalised.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy(logits.log_softmax(-1)))),
+    ("You multiplied by the temperature: the logits are divided by it.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits * temperature).log_softmax(-1), ids), _entropy((logits * temperature).log_softmax(-1)))),
+    ("You divided the log-probabilities by the temperature: divide the logits, and normalise after that.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1) / temperature, ids), _entropy((logits / temperature).log_softmax(-1)))),
+    ("Your entropy is that of the model at temperature 1: it is the distribution that was sampled from that counts.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy(logits.log_softmax(-1)))),
+    ("You shifted by one: here logits[:, t] is already the state in which token t was chosen.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 1, 0)),
+                                                      _entropy((logits / temperature).log_softmax(-1)))),
+    ("You counted the padding: both results are 0 where the mask is False.",
+     lambda logits, ids, mask, temperature=1.0: (_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+    ("You masked the log-probabilities and forgot the entropy: it is 0 in the padding too.",
+     lambda logits, ids, mask, temperature=1.0: (_of_chosen((logits / temperature).log_softmax(-1), ids).where(mask, 0.0), _entropy((logits / temperature).log_softmax(-1)))),
+    ("Your result is batch first: transpose it, so that time comes first, as in compute_gae.",
+     lambda logits, ids, mask, temperature=1.0: tuple(x.T for x in _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("The sign of your entropy is wrong: it is minus the sum of p log p, and never negative.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), -_entropy((logits / temperature).log_softmax(-1)))),
+    ("Your entropy is the surprise at the chosen token: the entropy is its mean over the vocabulary, whatever was chosen.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, (lp := _of_chosen((logits / temperature).log_softmax(-1), ids)), -lp)),
+    ("Your entropy is in bits: natural logarithms are wanted, nats.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / math.log(2))),
+    ("You returned the probabilities of the tokens: the logarithm is missing.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+    ("You cut off the tail (top-k) before you normalised: we sample from all tokens, so all of them share the probability.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(_cut_off(logits / temperature, 2), ids), _entropy((logits / temperature).log_softmax(-1)))),
+    ("You took the logarithm of a softmax: where the softmax underflows to 0 it is -inf. Use log_softmax.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1).log(), ids), _entropy((logits / temperature).softmax(-1).log()))),
+    ("You turned the sign round: that is the loss of each token, and its log-probability is asked for.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, -_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+    ("The two results are the wrong way round: first log-probabilities, then entropies.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))[::-1]),
+), gradients=True)
+
+# %% ../nbs/93b_bank_rlhf.ipynb #289e9605
+def _token_kl_probes() -> list[Call]:
+    "All three estimators, near and far, with anything in the padding."
+    now, then, mask = -_random(4, 3, seed=5).abs(), -_random(4, 3, seed=6).abs(), _lengths_mask(4, 4, 1, 3)
+    impossible = now.where(mask, -math.inf)
+    return [call(now, then, mask), call(now, then, mask, "k2"), call(now, then, mask, "k3"), call(impossible, then, mask, "k3"), call(impossible, then, mask),
+            call(3 * now, then, mask, "k3"), call(now, now, mask, "k2"), call(now, then, mask, "k4")]
+
+
+def _estimate(log_ratio, estimator, k2=lambda x: x * x / 2, k3=lambda x: (-x).exp() - 1 + x):
+    "One of the three, with parts that can be exchanged."
+    if estimator not in ("k1", "k2", "k3"): raise ValueError(estimator)
+    return log_ratio if estimator == "k1" else k2(log_ratio) if estimator == "k2" else k3(log_ratio)
+
+
+def _log_ratio(logprobs, ref_logprobs, mask):
+    "Policy minus reference, 0 in the padding."
+    return (logprobs - ref_logprobs).where(mask, 0.0)
+
+
+_TOKEN_KL = Exercise("rlhf_course.rlhf:token_kl", _token_kl_probes, (
+    ("You turned the log-ratio round: it is the policy's minus the reference's, positive where the policy made the token likelier.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(ref, lp, mask), estimator)),
+    ("You counted the padding: the estimate is 0 where the mask is False, whatever stands there.",
+     lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator)),
+    ("You multiplied by the mask: infinity times 0 is NaN. Choose with torch.where.",
+     lambda lp, ref, mask, estimator="k1": _estimate((lp - ref) * mask, estimator)),
+    ("Your k3 has the ratio upside down: the tokens were drawn by the policy, so the ratio is reference over policy, e^{-l}.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: x.exp() - 1 - x)),
+    ("Your k3 lacks the -1: it is 0 where both agree.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() + x)),
+    ("In your k3 the log-ratio has the wrong sign: e^{-l} - 1 + l is never negative, and e^{-l} - 1 - l often is.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1 - x)),
+    ("Your k3 lacks the log-ratio: e^{-l} - 1 is 0 on average and measures nothing.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1)),
+    ("Your k2 lacks the factor of one half.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x * x)),
+    ("Your k2 is the absolute value: it is half the square.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x.abs())),
+    ("You clamped k1 at 0: a single estimate may well be negative, and without those the mean is wrong.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).clamp(min=0)),
+    ("You added up the tokens: one number for each token is wanted.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum(0)),
+    ("You let a name pass that does not exist: another estimator than k1, k2 and k3 is a ValueError.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator if estimator in ("k1", "k2") else "k3")),
+    ("You weighted by the probability of the token: it was drawn with that probability already.",
+     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator) * lp.where(mask, 0.0).exp()),
+), gradients=True)
+
+# %% ../nbs/93b_bank_rlhf.ipynb #93dbe249
+def _shape_probes() -> list[Call]:
+    "Columns of different lengths, prices from 0 up, another estimator, and a column without tokens."
+    now, then, mask, scores = -_random(4, 3, seed=7).abs(), -_random(4, 3, seed=8).abs(), _lengths_mask(4, 4, 1, 3), torch.tensor([2.0, -1.0, 0.5])
+    return [call(scores, now, then, mask, kl_coef=0.1), call(scores, now, then, mask, kl_coef=0.0), call(scores, now, then, mask, kl_coef=2.0),
+            call(scores[:1], now[:, :1], then[:, :1], mask[:, :1], kl_coef=0.5), call(scores, now, then, mask, kl_coef=0.3, estimator="k3"),
+            call(torch.zeros(3), now, now, mask, kl_coef=0.1), call(scores, now, then, _lengths_mask(4, 2, 0, 1), kl_coef=0.1)]
+
+
+def _priced(lp, ref, mask, price, estimator="k1"):
+    "Minus the price of each token. Refuses a column without tokens."
+    if not mask.any(0).all(): raise ValueError("no tokens")
+    return -price * _estimate(_log_ratio(lp, ref, mask), estimator)
+
+
+def _added(rewards, scores, rows):
+    "The rewards with the score of each column added at one of its rows."
+    return rewards + scores * (torch.arange(len(rewards))[:, None] == rows)
+
+
+_SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
+    ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+    ("You gave the score to every token: a response is judged once, at its last token.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask),
+    ("You spread the score over the tokens: the whole of it belongs to the last one.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask / mask.sum(0).clamp(min=1)),
+    ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.full_like(mask.sum(0), len(mask) - 1))),
+    ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+    ("You put the score one row too early: the end token counts, and the score belongs to it.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 2).clamp(min=0))),
+    ("You put the score at the first token: it is known when the response is complete, at the last one.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.zeros_like(mask.sum(0)))),
+    ("You charged for the padding: the reward is 0 where the mask is False.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, torch.ones_like(mask) if mask.any(0).all() else mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+    ("You overwrote the last token's price with the score: the score is added to it.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator).scatter(0, (mask.sum(0) - 1)[None], s[None])),
+    ("You charged the whole response at its last token: each token pays for itself.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s + _priced(lp, ref, mask, kl_coef, estimator).sum(0), mask.sum(0) - 1)),
+    ("You multiplied the score by kl_coef too: the price belongs to the divergence alone.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), kl_coef * s, mask.sum(0) - 1)),
+    ("You divided the price by the number of tokens: the penalty is for the whole response, so the tokens' prices add up.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator) / mask.sum(0).clamp(min=1), s, mask.sum(0) - 1)),
+    ("You forgot the price: kl_coef times the divergence is subtracted.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, 1.0, estimator), s, mask.sum(0) - 1)),
+    ("You always took k1: hand the estimator on to token_kl.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
+    ("You let a response without tokens pass: its score would land on another row. Raise a ValueError.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-kl_coef * _estimate(_log_ratio(lp, ref, mask), estimator), s, (mask.sum(0) - 1).clamp(min=0))),
+))
+
+# %% ../nbs/93b_bank_rlhf.ipynb #27bcc399
+def _whiten_probes() -> list[Call]:
+    "With and without the mean, a large eps, and NaN in the padding."
+    x, mask = 3 * _random(4, 3, seed=9) + 2, _lengths_mask(4, 4, 2, 3)
+    return [call(x, mask), call(x, mask, True), call(x, mask, True, 2.0), call(x.where(mask, math.nan), mask), call(x.where(mask, math.nan), mask, True),
+            call(x[:, 1:2], mask[:, 1:2], False, 0.5), call(x - 9, _lengths_mask(4, 1, 4, 1), True)]
+
+
+def _white(x, mask, keep_mean, eps, variance=lambda kept: kept.var(), scale=lambda v, eps: (v + eps).sqrt()):
+    "The whitened entries, with parts that can be exchanged."
+    kept = x[mask]
+    white = (x - kept.mean()) / scale(variance(kept), eps)
+    return (white + kept.mean() if keep_mean else white).where(mask, 0.0)
+
+
+_WHITEN_MASKED = Exercise("rlhf_course.rlhf:whiten_masked", _whiten_probes, (
+    ("You took mean and variance over the padding too: only entries that count have a say.",
+     lambda x, mask, keep_mean=False, eps=1e-8: ((x - x.mean()) / (x.var() + eps).sqrt() + (x.mean() if keep_mean else 0)).where(mask, 0.0)),
+    ("You set the padding to 0 and counted it: divide by the number of entries that count.",
+     lambda x, mask, keep_mean=False, eps=1e-8: (lambda z: ((z - z.mean()) / (z.var() + eps).sqrt() + (z.mean() if keep_mean else 0)).where(mask, 0.0))(x.where(mask, 0.0))),
+    ("You never add the mean back: with keep_mean it is added after the division.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, False, eps)),
+    ("You always add the mean back: without keep_mean the result has mean 0.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, True, eps)),
+    ("You have keep_mean the wrong way round.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, not keep_mean, eps)),
+    ("Your variance is the biased one: divide the squares by n - 1.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps, variance=lambda kept: kept.var(correction=0))),
+    ("You divided by the variance: the standard deviation is its root.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps, scale=lambda v, eps: v + eps)),
+    ("You added eps to the standard deviation: it is added to the variance, under the root.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps, scale=lambda v, eps: v.sqrt() + eps)),
+    ("You left out eps: where all entries are equal you divide by 0.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, 0.0)),
+    ("You left numbers in the padding: it is 0 in the result.",
+     lambda x, mask, keep_mean=False, eps=1e-8: (x - x[mask].mean()) / (x[mask].var() + eps).sqrt() + (x[mask].mean() if keep_mean else 0)),
+    ("You multiplied by the mask: NaN times 0 is NaN. Choose with torch.where, or zero_masked.",
+     lambda x, mask, keep_mean=False, eps=1e-8: ((x - x[mask].mean()) / (x[mask].var() + eps).sqrt() + (x[mask].mean() if keep_mean else 0)) * mask),
+    ("To keep the mean you did not centre at all: then the mean is divided too. Subtract it, divide, add it back.",
+     lambda x, mask, keep_mean=False, eps=1e-8: (x / (x[mask].var() + eps).sqrt()).where(mask, 0.0) if keep_mean else _white(x, mask, False, eps)),
+    ("You whitened each response by itself: one mean and one variance over all tokens of the batch.",
+     lambda x, mask, keep_mean=False, eps=1e-8: torch.stack([_white(a, m, keep_mean, eps, variance=lambda kept: kept.var(correction=min(1, len(kept) - 1))) for a, m in zip(x.T, mask.T)], 1)),
+))
+
+# %% ../nbs/93b_bank_rlhf.ipynb #bc963ca1
+def _adapt_probes() -> list[Call]:
+    "On target, near it, far above and below, at 0, and a price of 0."
+    return [call(0.1, 3.0, 3.0, 128, 640), call(0.1, 3.3, 3.0, 128, 640), call(0.1, 2.7, 3.0, 64, 640), call(0.2, 30.0, 3.0, 128, 1000),
+            call(0.2, 0.5, 3.0, 32, 1000), call(0.05, 0.0, 6.0, 256, 512), call(0.0, 9.0, 3.0, 128, 640), call(0.1, 6.6, 6.0, 1280, 640)]
+
+
+def _clipped(error):
+    "Within a fifth of 0."
+    return min(0.2, max(-0.2, error))
+
+
+_ADAPT_KL_COEF = Exercise("rlhf_course.rlhf:adapt_kl_coef", _adapt_probes, (
+    ("You have the sign wrong: above the target the price rises.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 - _clipped(kl / target - 1) * n / horizon)),
+    ("You did not clip: one wild rollout would change the price by any factor.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + (kl / target - 1) * n / horizon)),
+    ("You clipped from above only: a rollout far below the target may not do more either.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + min(0.2, kl / target - 1) * n / horizon)),
+    ("You clipped from below only: a rollout far above the target may not do more either.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + max(-0.2, kl / target - 1) * n / horizon)),
+    ("Your price never falls: below the target moving away becomes cheaper.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + max(0.0, _clipped(kl / target - 1)) * n / horizon)),
+    ("You clipped the whole step: clip the relative error, then scale it by n / horizon.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped((kl / target - 1) * n / horizon))),
+    ("You left out n / horizon: the step is the clipped error times the share of the horizon that the rollout is.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl / target - 1))),
+    ("You have n / horizon upside down.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl / target - 1) * horizon / n)),
+    ("You added the step to the price: multiply, so that its size does not matter and it never becomes negative.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef + _clipped(kl / target - 1) * n / horizon),
+    ("You took the difference of the two divergences: the error is relative, kl / target_kl - 1.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl - target) * n / horizon)),
+    ("You divided the target by the divergence: the error is kl / target_kl - 1.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(1 - target / kl if kl else -1.0) * n / horizon)),
+    ("You clipped the ratio to [-0.2, 0.2] before you took 1 off: clip the error.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + (_clipped(kl / target) - 1) * n / horizon)),
+    ("You returned the factor: multiply the old price by it.",
+     lambda kl_coef, kl, target, n, horizon: 1 + _clipped(kl / target - 1) * n / horizon),
+))
+
 # %% ../nbs/93b_bank_rlhf.ipynb #1392726d
-RLHF_EXERCISES: tuple[Exercise, ...] = ()
+RLHF_EXERCISES: tuple[Exercise, ...] = (
+    _CHOSEN_LOGPROBS,
+    _TOKEN_KL,
+    _SHAPE_REWARDS,
+    _WHITEN_MASKED,
+    _ADAPT_KL_COEF,
+)

@@ -430,7 +430,8 @@ def test_stub_fails_kindly(name):
     assert written.__doc__ == solution.__doc__ and written.__annotations__ == solution.__annotations__
     assert [type(node) for node in ast.parse(stub).body[0].body] == [ast.Expr, ast.Raise]
     with pytest.raises(NotImplementedError, match=rf"Exercise {name}: "):
-        written(*EXERCISES[name].probes()[0][0])
+        args, kwargs = EXERCISES[name].probes()[0]
+        written(*args, **kwargs)
     for _ in range(HINT_AFTER + 1):
         result = check(written)
     assert not result.passed and result.mistake is None and "not written yet" in result.message
