@@ -1,0 +1,380 @@
+"""RLHF under bad input and bad luck: rewards that fail, prompts without room, processes killed, checkpoints torn."""
+
+import copy
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from rlhf_course.reward_model import new_reward_model, score_responses
+from rlhf_course.rlhf import (
+    KLSnapshots,
+    PolicyWithValue,
+    RLHFConfig,
+    TrainingState,
+    center_rewards,
+    collect_rollout,
+    evaluate_tokens,
+    load_checkpoint,
+    out_of_band,
+    rollout_advantages,
+    rollout_stats,
+    save_checkpoint,
+    shape_rewards,
+    train_rlhf,
+    update_policy,
+)
+from rlhf_course.tiny_arena import tiny_arena, utility
+from rlhf_course.tiny_lm import encode_prompts, load_tiny_lm, tiny_llama, train_bpe_tokenizer
+
+ARENA = tiny_arena()
+MODEL, TOKENIZER = load_tiny_lm()
+SMALL = RLHFConfig(n_updates=2, batch_size=8, minibatch_size=4, max_new_tokens=12, n_epochs=2, missing_end_score=-100.0)
+
+
+def truth(prompts, responses):
+    """The true utility."""
+    return torch.tensor([utility(ARENA, p, r) for p, r in zip(prompts, responses)])
+
+
+def new_policy(**options):
+    """The shipped model with a value head."""
+    return PolicyWithValue(copy.deepcopy(MODEL), **options)
+
+
+def with_adapters():
+    """The shipped model with LoRA adapters."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    return PolicyWithValue(get_peft_model(copy.deepcopy(MODEL), lora))
+
+
+def train(policy, config=SMALL, reward_fn=truth, ref_model=MODEL, prompts=ARENA.prompts, **options):
+    """The history of a short training."""
+    return train_rlhf(policy, ref_model, TOKENIZER, prompts, reward_fn, config, **options)
+
+
+def same_weights(a, b):
+    """Whether two policies are equal to the bit."""
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+# Killed, and started again. Arguments: folder of the checkpoints, file for the weights, "full" or "lora".
+TRAINING = """
+import sys
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[4])
+from test_rlhf import MODEL, RLHFConfig, new_policy, train, with_adapters
+
+def say(update, rollout, stats): print("update", update, flush=True)
+
+config = RLHFConfig(n_updates=12, batch_size=16, minibatch_size=8, max_new_tokens=24, target_kl=1.0, whiten_rewards=True)
+policy = with_adapters() if sys.argv[3] == "lora" else new_policy()
+history = train(policy, config, ref_model=None if sys.argv[3] == "lora" else MODEL, checkpoint_dir=sys.argv[1], callbacks=[say])
+save_file({name: p.detach().contiguous() for name, p in policy.named_parameters() if p.requires_grad}, sys.argv[2])
+print("end", len(history), flush=True)
+"""
+
+
+def arguments(folder: Path, kind: str) -> list[str]:
+    """The command of one training."""
+    return [sys.executable, "-c", TRAINING, str(folder / "run"), str(folder / "weights.safetensors"), kind, str(Path(__file__).parent)]
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def undisturbed(request, tmp_path_factory):
+    """The kind, the weights after a training that nobody disturbed, and the seconds from its first update to its end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = subprocess.Popen(arguments(folder, request.param), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    started = time.monotonic()
+    said, errors = process.communicate(timeout=600)
+    assert process.returncode == 0 and said.splitlines()[-1] == "end 12", errors
+    return request.param, (folder / "weights.safetensors").read_bytes(), time.monotonic() - started
+
+
+def killed_and_resumed(folder: Path, kind: str, after: float) -> tuple[bytes, str]:
+    """The weights of a training that was killed `after` seconds from its first update, and the first line of the one that went on."""
+    process = subprocess.Popen(arguments(folder, kind), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "update 0\n"
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(arguments(folder, kind), capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stderr
+    assert not list((folder / "run").glob(".checkpoint-*"))
+    return (folder / "weights.safetensors").read_bytes(), again.stdout.splitlines()[0]
+
+
+def test_killed_training_ends_the_same(undisturbed, tmp_path):
+    """SIGKILL late in the training, so that there is a checkpoint to go on from; the same weights to the bit."""
+    kind, weights, seconds = undisturbed
+    resumed, first = killed_and_resumed(tmp_path, kind, 0.6 * seconds)
+    assert resumed == weights and first != "update 0"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(4))
+def test_killed_at_any_moment_ends_the_same(number, undisturbed, tmp_path):
+    """SIGKILL at random moments: while sampling, in an update, while saving, before the first checkpoint."""
+    kind, weights, seconds = undisturbed
+    assert killed_and_resumed(tmp_path, kind, random.Random(f"{kind} {number}").uniform(0, seconds))[0] == weights
+
+
+def test_torn_checkpoint_is_skipped(tmp_path):
+    """A newest checkpoint with a flipped byte, and one cut short: the one before is taken, with a warning, and the end is the same."""
+    config = replace(SMALL, n_updates=3)
+    whole = new_policy()
+    train(whole, config)
+    for number, damage in enumerate((lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b"")):
+        folder = tmp_path / str(number)
+        train(new_policy(), config, checkpoint_dir=folder)
+        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-3", "training.json"]
+        place = folder / "checkpoint-3" / "state.safetensors"
+        place.write_bytes(damage(place.read_bytes()))
+        resumed = new_policy()
+        with pytest.warns(UserWarning, match="checkpoint-3 is not whole"):
+            history = train(resumed, config, checkpoint_dir=folder)
+        assert len(history) == 3 and same_weights(resumed, whole)
+        assert "policy.value_head.weight" in load_file(place)
+
+
+def test_checkpoints_are_safetensors_and_json(tmp_path):
+    """No pickle anywhere; the state can be read with other tools."""
+    train(new_policy(), checkpoint_dir=tmp_path)
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"training.json", "state.safetensors", "state.json"}
+    numbers = json.loads((tmp_path / "checkpoint-2" / "state.json").read_text())
+    assert len(numbers["history"]) == 2 and numbers["rates"] == [0.0, 0.0]
+    again = new_policy()
+    state = TrainingState.start(again, SMALL)
+    assert load_checkpoint(state, tmp_path) and len(state.history) == 2
+    assert not load_checkpoint(TrainingState.start(again, SMALL), tmp_path / "nothing")
+
+
+def test_finished_training_is_not_repeated(tmp_path):
+    """Called again, it reads the last checkpoint and draws nothing."""
+    first, again = new_policy(), new_policy()
+    history = train(first, checkpoint_dir=tmp_path, checkpoint_every=5)
+    assert train(again, checkpoint_dir=tmp_path, checkpoint_every=5, reward_fn=None) == history and same_weights(first, again)
+
+
+@pytest.mark.parametrize("changed", [{"config": replace(SMALL, seed=1)}, {"prompts": ARENA.prompts[:9]}])
+def test_folder_of_another_training_is_refused(changed, tmp_path):
+    """Other settings or prompts would go on from weights that are not theirs."""
+    train(new_policy(), checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="checkpoint_dir"):
+        train(new_policy(), checkpoint_dir=tmp_path, **changed)
+
+
+# Rewards that fail.
+
+
+def broken_from(update: int, how):
+    """A reward that is the truth until `update`, and `how` from then on."""
+    calls = []
+
+    def reward(prompts, responses):
+        calls.append(len(prompts))
+        return truth(prompts, responses) if len([n for n in calls if n == SMALL.batch_size]) <= update else how(prompts, responses)
+
+    return reward
+
+
+def raises(prompts, responses):
+    """Fails for one of the prompts only, and names nothing."""
+    raise RuntimeError("out of luck")
+
+
+@pytest.mark.parametrize(("how", "words"), [
+    (lambda p, r: torch.full((len(p),), math.nan), "nan for prompt"), (lambda p, r: truth(p, r) / 0 * 0 + math.inf, "inf|nan"),
+    (lambda p, r: torch.zeros(len(p), 1), r"\(8, 1\) for prompts that begin with"), (lambda p, r: torch.zeros(()), r"\(\) for prompts"),
+    (lambda p, r: [0.0] * (len(p) - 1), r"\(7,\)"), (raises, "RuntimeError: out of luck, for prompt '"),
+])  # fmt: skip
+def test_failing_reward_is_named_and_the_last_checkpoint_stays(how, words, tmp_path):
+    """The error says at which update and for which prompt; the checkpoint before it is whole, and training goes on from there."""
+    with pytest.raises(ValueError, match=f"at update 1: .*({words})"):
+        train(new_policy(), reward_fn=broken_from(1, how), checkpoint_dir=tmp_path)
+    assert (tmp_path / "checkpoint-1").is_dir() and not (tmp_path / "checkpoint-2").exists()
+    resumed, whole = new_policy(), new_policy()
+    train(resumed, checkpoint_dir=tmp_path)
+    train(whole)
+    assert same_weights(resumed, whole)
+
+
+def test_reward_that_fails_on_one_pair_names_that_pair():
+    """Of a batch the pair that fails alone is found."""
+
+    def reward(prompts, responses):
+        if ARENA.prompts[5] in prompts:
+            raise KeyError("unknown task")
+        return truth(prompts, responses)
+
+    with pytest.raises(ValueError, match="KeyError") as raised:
+        collect_rollout(new_policy(), MODEL, TOKENIZER, list(ARENA.prompts[:8]), reward, SMALL, torch.Generator().manual_seed(0))
+    assert repr(ARENA.prompts[5]) in str(raised.value) and repr(ARENA.prompts[4]) not in str(raised.value)
+
+
+# Prompts, responses, prices.
+
+
+def test_prompts_without_room_are_refused():
+    """Longer than the model's context minus the response; and none at all."""
+    with pytest.raises(ValueError, match="lower max_new_tokens"):
+        train(new_policy(), prompts=[ARENA.prompts[0], "how do i make tea ? " * 120])
+    with pytest.raises(ValueError, match="at least one text"):
+        train(new_policy(), prompts=[])
+
+
+def test_response_that_is_only_the_end_token():
+    """It is one token long, has its score there, and trains."""
+    policy = new_policy()
+    eos = TOKENIZER.eos_token_id
+    with torch.no_grad():  # the end token's row of the tied embedding, moved along the mean of what the last layer says
+        head = torch.nn.Linear(policy.model.config.hidden_size, len(TOKENIZER))
+        head.weight.zero_(), head.bias.zero_()
+        head.bias[eos] = 50.0
+    policy.model.lm_head = head
+    rollout = collect_rollout(policy, policy.model, TOKENIZER, list(ARENA.prompts[:4]), truth, SMALL, torch.Generator().manual_seed(0))
+    assert rollout.responses == [""] * 4 and rollout.mask.shape == (1, 4) and rollout.ended.all()
+    assert_close(rollout.rewards[0], rollout.scores)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    stats = update_policy(policy, optimizer, rollout, SMALL, torch.Generator().manual_seed(0))
+    assert all(math.isfinite(value) for value in stats.values())
+    with pytest.raises(ValueError, match="without tokens"):
+        shape_rewards(torch.zeros(1), torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.bool), kl_coef=0.1)
+
+
+def test_reward_model_with_another_tokenizer():
+    """The reward reads texts: decoded by the policy's tokenizer, encoded by the reward model's, nothing lost on the way."""
+    other = train_bpe_tokenizer(ARENA.prompts, vocab_size=300)
+    texts = [TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True) for text in ARENA.prompts[:50]]
+    assert texts == list(ARENA.prompts[:50])
+    assert [other.decode(other(text)["input_ids"], skip_special_tokens=True) for text in texts] == texts
+    language_model = tiny_llama(other, hidden_size=64, n_layers=1)
+    seen = []
+
+    def reward(prompts, responses):
+        seen.extend(responses)
+        return score_responses(reward_model, other, prompts, responses)
+
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        language_model.save_pretrained(folder)
+        reward_model = new_reward_model(folder, other)
+    centred = center_rewards(reward, MODEL, TOKENIZER, ARENA.prompts[:8], SMALL)
+    history = train(new_policy(), reward_fn=centred)
+    assert len(history) == 2 and len(other) != len(TOKENIZER) and all("<" not in text for text in seen)
+
+
+def test_price_of_zero_and_below():
+    """Without a price the rewards are the scores alone; a negative price is refused."""
+    rollout = collect_rollout(new_policy(), tiny_llama(TOKENIZER), TOKENIZER, list(ARENA.prompts[:4]), truth, replace(SMALL, kl_coef=0.0),
+                              torch.Generator().manual_seed(0))  # fmt: skip
+    assert_close(rollout.rewards.sum(0), rollout.scores)
+    assert rollout_stats(rollout, SMALL)["kl"] > 1  # far from a model that knows nothing
+    assert len(train(new_policy(), replace(SMALL, kl_coef=0.0))) == 2
+    for wrong in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="kl_coef"):
+            replace(SMALL, kl_coef=wrong)
+
+
+def test_divergence_that_explodes_stops_with_advice(tmp_path):
+    """A learning rate far too high: the run ends before the limit is passed by an update, says why, and does so again when resumed."""
+    config = replace(SMALL, n_updates=6, learning_rate=0.03, kl_coef=0.0, max_kl=5.0)
+    with pytest.warns(UserWarning, match="raise kl_coef, lower learning_rate"):
+        history = train(new_policy(), config, checkpoint_dir=tmp_path)
+    assert len(history) < 6 and all(row["kl"] <= 5 for row in history)
+    with pytest.warns(UserWarning, match="raise kl_coef, lower learning_rate"):
+        assert train(new_policy(), config, checkpoint_dir=tmp_path) == history
+
+
+def test_gradient_that_is_not_finite_is_an_error(tmp_path):
+    """A value head that overflows: an error that names the update, and no checkpoint of broken weights."""
+    with pytest.raises(FloatingPointError, match="at update [0-2]"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(new_policy(), replace(SMALL, n_updates=4, value_learning_rate=1e30, vf_coef=1e30, max_kl=1e9), checkpoint_dir=tmp_path)
+    for place in tmp_path.glob("checkpoint-*"):
+        assert all(torch.isfinite(x).all() for x in load_file(place / "state.safetensors").values())
+
+
+# What must hold for any policy.
+
+
+@pytest.mark.parametrize("make", [new_policy, with_adapters, lambda: new_policy(value_model=copy.deepcopy(MODEL))], ids=["full", "lora", "own backbone"])
+def test_every_kind_of_policy_trains(make):
+    """Full weights, adapters (reference by switching them off), a value with its own backbone: all trainable weights move, the same seed twice gives the same."""
+    first, again, untouched = make(), make(), make()
+    reference = None if make is with_adapters else MODEL
+    rows, other = (train(policy, replace(SMALL, n_updates=3), ref_model=reference) for policy in (first, again))
+    assert same_weights(first, again) and rows[0]["kl"] < 1e-4 < abs(rows[-1]["kl"])
+    strip = lambda row: {key: value for key, value in row.items() if key != "samples_per_second"}
+    assert list(map(strip, rows)) == list(map(strip, other))
+    for (name, before), now in zip(untouched.named_parameters(), first.parameters(), strict=True):
+        used = not (name.startswith("value_model") and "lm_head" in name)
+        assert torch.equal(before, now) != (before.requires_grad and used), name
+
+
+def test_padding_changes_no_gradient():
+    """More padding, other ids in it, and other numbers in masked places: the same losses and gradients; the ids to the bit."""
+    policy = new_policy()
+    rollout = collect_rollout(policy, MODEL, TOKENIZER, list(ARENA.prompts[:6]), truth, SMALL, torch.Generator().manual_seed(0))
+
+    def gradients(rollout):
+        policy.zero_grad()
+        advantages, returns = rollout_advantages(rollout, SMALL)
+        logprobs, values, entropy = evaluate_tokens(policy, rollout.input_ids, rollout.attention_mask, rollout.mask, 1.0)
+        (logprobs * advantages + (values - returns) ** 2 + entropy).sum().backward()
+        return [p.grad.clone() for p in policy.parameters()]
+
+    plain = gradients(rollout)
+    ids = torch.where(rollout.attention_mask.bool(), rollout.input_ids, 77)
+    junk = torch.where(rollout.mask, rollout.rewards, math.nan)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(replace(rollout, input_ids=ids, rewards=junk))))
+    wide = [torch.cat([torch.full((6, 3), fill), x], 1) for x, fill in ((rollout.input_ids, 5), (rollout.attention_mask, 0))]
+    for a, b in zip(plain, gradients(replace(rollout, input_ids=wide[0], attention_mask=wide[1]))):
+        assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_snapshots_and_adaptive_price():
+    """Each divergence is kept at the first rollout that reaches it; the price rises where the divergence is above its target."""
+    policy = new_policy()
+    snapshots = KLSnapshots(policy, at=(0.05, 0.2, 50.0))
+    config = replace(SMALL, n_updates=6, learning_rate=2e-3, target_kl=0.01, kl_coef=0.05)
+    history = train(policy, config, callbacks=[snapshots, lambda update, rollout, stats: {"twice": 2 * stats["kl"]}])
+    due = {nats: next(row["update"] for row in history if row["kl"] >= nats) for nats in (0.05, 0.2)}
+    assert {nats: row["update"] for nats, row in snapshots.rows.items()} == due and history[-1]["twice"] == 2 * history[-1]["kl"]
+    assert history[-1]["kl_coef"] > 0.05 and not same_weights(snapshots.restore(0.05, new_policy()), policy)
+    with pytest.raises(ValueError, match="not reached"):
+        snapshots.restore(50.0)
+    assert isinstance(out_of_band(history), dict)
+
+
+def test_bfloat16_policy_trains():
+    """Weights in half precision, statistics in float32."""
+    policy = PolicyWithValue(copy.deepcopy(MODEL).to(torch.bfloat16))
+    reference = copy.deepcopy(MODEL).to(torch.bfloat16)
+    history = train(policy, ref_model=reference)
+    assert len(history) == 2 and all(math.isfinite(value) for row in history for value in row.values())
+
+
+def test_save_keeps_the_last_two(tmp_path):
+    """Older checkpoints go only after the new one is there."""
+    state = TrainingState.start(new_policy(), SMALL)
+    ids, _ = encode_prompts(TOKENIZER, ARENA.prompts[:2])
+    for number in range(1, 5):
+        state.history.append({"update": number, "n": float(ids.numel())})
+        save_checkpoint(state, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
