@@ -1,0 +1,130 @@
+"""The exact RLHF optimum and best-of-n, against brute force on random tables; over-optimisation's small functions on bad input."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from rlhf_course.optimal_policy import (
+    best_of_n_kl,
+    best_of_n_policy,
+    exact_kl,
+    expected_reward,
+    frontier,
+    log_partition,
+    optimal_policy,
+    regularised_objective,
+    response_tree,
+)
+from rlhf_course.overoptimization import WatchedReward, gao_curve, gao_fit, gao_peak, running_mean
+
+SEEDS = range(5)
+
+
+def table(seed, n=6, n_levels=None):
+    """Log-probabilities of a reference and rewards, with ties where there are fewer levels than responses."""
+    generator = torch.Generator().manual_seed(seed)
+    ref = (2 * torch.randn(n, generator=generator, dtype=torch.float64)).log_softmax(0)
+    rewards = torch.randn(n, generator=generator, dtype=torch.float64)
+    return ref, rewards if n_levels is None else torch.randint(n_levels, (n,), generator=generator).double()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("beta", [0.2, 0.5, 5.0])
+def test_gradient_ascent_finds_the_closed_form(seed, beta):
+    """An optimizer that knows nothing of the formula ends at the same policy and the same objective."""
+    ref, rewards = table(seed)
+    logits = ref.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -regularised_objective(logits.log_softmax(0), ref, rewards, beta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = logits.detach().log_softmax(0)
+    torch.testing.assert_close(found.exp(), optimal_policy(ref, rewards, beta).exp(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(regularised_objective(found, ref, rewards, beta), beta * log_partition(ref, rewards, beta), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("n_levels", [None, 3, 1])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_best_of_n_is_what_all_draws_give(seed, n_levels, n):
+    """Every sequence of n draws, with its probability and the first best of it."""
+    ref, rewards = table(seed, 5, n_levels)
+    p, expected = ref.exp(), torch.zeros(5, dtype=torch.float64)
+    for draws in itertools.product(range(5), repeat=n):
+        winner = max(draws, key=lambda i: rewards[i])  # max keeps the first of equals
+        expected[winner] += math.prod(float(p[i]) for i in draws)
+    found = best_of_n_policy(ref, rewards, n)
+    torch.testing.assert_close(found.exp(), expected)
+    assert exact_kl(found, ref) <= best_of_n_kl(n) + 1e-12
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_policy_lies_above_the_frontier(seed):
+    """Random policies against the best one of the same divergence."""
+    ref, rewards = table(seed)
+    kl, best = frontier(ref[None], rewards[None], torch.logspace(3, -2, 2_000, dtype=torch.float64).tolist())
+    generator = torch.Generator().manual_seed(100 + seed)
+    for _ in range(50):
+        policy = (ref + 2 * torch.randn(6, generator=generator, dtype=torch.float64)).log_softmax(0)
+        further = best[kl > exact_kl(policy, ref)]
+        assert expected_reward(policy, rewards) < (further.min() if len(further) else rewards.max()) + 1e-9
+
+
+@pytest.mark.parametrize(("n_tokens", "eos", "length"), [(3, 0, 2), (4, 2, 3), (5, 4, 4)])
+def test_tree_holds_every_response_once(n_tokens, eos, length):
+    """Wherever the end token stands in the vocabulary, each response's row begins like it."""
+    tree = response_tree(n_tokens, eos, length)
+    rows = [tuple(ids[mask].tolist()) for ids, mask in zip(tree.ids, tree.mask, strict=True)]
+    assert len(set(rows)) == len(rows) == sum((n_tokens - 1) ** n for n in range(length)) + (n_tokens - 1) ** length
+    for response, row, ended in zip(rows, tree.rows, tree.ended, strict=True):
+        assert ended == (eos in response)
+        assert tree.contexts[row].tolist()[: len(response) - 1] == list(response[:-1])
+
+
+@pytest.mark.parametrize("n_max", [0, 1, 100])
+def test_tree_refuses_what_it_cannot_hold(n_max):
+    """Too short, or far too many."""
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        response_tree(8, 1, n_max)
+
+
+def test_best_of_n_kl_refuses_zero_draws():
+    """Nothing can be kept of nothing."""
+    with pytest.raises(ValueError, match="at least 1"):
+        best_of_n_kl(0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gao_peak_is_the_highest_point(seed):
+    """Of the curve that was fitted, wherever it is."""
+    generator = torch.Generator().manual_seed(seed)
+    d = 6 * torch.rand(40, generator=generator)
+    alpha, beta = gao_fit(d, gao_curve(d, 1.0 + 0.1 * seed, 0.4) + 0.2 * torch.randn(40, generator=generator))
+    place, height = gao_peak(alpha, beta)
+    near = torch.linspace(0.5, 2, 301, dtype=torch.float64) * place
+    assert abs(gao_curve(near, alpha, beta).max() - height) < 1e-6 and abs(near[gao_curve(near, alpha, beta).argmax()] - place) < 0.02 * place
+
+
+def test_running_mean_of_a_line_is_the_line():
+    """Away from the ends."""
+    line = torch.arange(9.0)
+    assert running_mean(line, 5)[2:-2].tolist() == line[2:-2].tolist()
+
+
+def test_watched_reward_passes_errors_on():
+    """A reward function that raises is not recorded as a batch."""
+
+    def broken(prompts, responses):
+        raise RuntimeError("no reward")
+
+    watched = WatchedReward(broken, {})
+    with pytest.raises(RuntimeError, match="no reward"):
+        watched(["x"], ["y"])
+    assert watched.rows == [] and watched.texts == []
