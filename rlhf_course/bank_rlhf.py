@@ -276,6 +276,217 @@ _ADAPT_KL_COEF = Exercise("rlhf_course.rlhf:adapt_kl_coef", _adapt_probes, (
      lambda kl_coef, kl, target, n, horizon: 1 + _clipped(kl / target - 1) * n / horizon),
 ))
 
+# %% ../nbs/93b_bank_rlhf.ipynb #42c98537
+def _tables(*shape: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    "Log-probabilities that add up to 1 in each row, and rewards, float64."
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(*shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return first.log_softmax(-1), scale * second
+
+
+def _optimal_policy_probes() -> list[Call]:
+    "Several shapes and prices, single precision too, and rewards whose exponential overflows."
+    single = tuple(x.float() for x in _tables(2, 3, seed=4))
+    return [call(*_tables(2, 5, seed=0), 0.5), call(*_tables(7, seed=1), 2.0), call(*_tables(3, 4, seed=2), beta=0.3),
+            call(*_tables(2, 6, seed=3, scale=1000.0), 0.7), call(*single, 1.5), call(*_tables(2, 3, 5, seed=5), 0.25)]
+
+
+_OPTIMAL_POLICY = Exercise("rlhf_course.optimal_policy:optimal_policy", _optimal_policy_probes, (
+    ("You left out the reference: the best policy is the reference times e^{r / beta}, and not e^{r / beta} alone.",
+     lambda ref, r, beta: (r / beta).log_softmax(-1)),
+    ("You multiplied the rewards by beta: a high price must keep the policy near the reference, so divide.",
+     lambda ref, r, beta: (ref + r * beta).log_softmax(-1)),
+    ("You did not normalise: subtract log Z, so that each row adds up to 1 after exp.",
+     lambda ref, r, beta: ref + r / beta),
+    ("You returned probabilities: log-probabilities are wanted.",
+     lambda ref, r, beta: (ref + r / beta).softmax(-1)),
+    ("You multiplied probabilities and took the logarithm at the end: e^{r / beta} overflows or underflows. Add logarithms.",
+     lambda ref, r, beta: (lambda w: (w / w.sum(-1, keepdim=True)).log())(ref.exp() * (r / beta).exp())),
+    ("You divided the reference by beta too: only the reward is divided by it.",
+     lambda ref, r, beta: ((ref + r) / beta).log_softmax(-1)),
+    ("You normalised the whole table: each row is a prompt of its own, so normalise over the last dimension.",
+     lambda ref, r, beta: (lambda x: x - x.flatten().logsumexp(0))(ref + r / beta)),
+    ("You normalised over the first dimension, the prompts: responses are the last one.",
+     lambda ref, r, beta: (ref + r / beta).log_softmax(0)),
+    ("You have the sign of the reward wrong: what scores more must become more likely.",
+     lambda ref, r, beta: (ref - r / beta).log_softmax(-1)),
+    ("You added the reference's probabilities: its log-probabilities belong into the exponent.",
+     lambda ref, r, beta: (ref.exp() + r / beta).log_softmax(-1)),
+    ("You normalised the two factors apart: their product needs one Z of its own.",
+     lambda ref, r, beta: ref + (r / beta).log_softmax(-1)),
+    ("You weighted the reference by beta and the reward by 1: the policy that maximises r - beta KL has r / beta in the exponent.",
+     lambda ref, r, beta: (beta * ref + r).log_softmax(-1)),
+    ("Your values are right and your gradient is not: log Z depends on the rewards too, so no detach around it.",
+     lambda ref, r, beta: (lambda x: x - x.detach().logsumexp(-1, keepdim=True))(ref + r / beta)),
+    ("Your numbers are right, but no gradient flows through them: leave out detach, no_grad and numpy.",
+     lambda ref, r, beta: (ref + r / beta).log_softmax(-1).detach()),
+), gradients=True)
+
+# %% ../nbs/93b_bank_rlhf.ipynb #efa1bb58
+def _implied_rewards_probes() -> list[Call]:
+    "Two tables of log-probabilities each, of several shapes, one square."
+    pairs = [(_tables(*shape, seed=seed)[0], _tables(*shape, seed=seed + 10)[0]) for seed, shape in enumerate([(2, 5), (7,), (4, 4), (3, 2, 4)])]
+    return [call(*pair, beta) for pair, beta in zip(pairs, (0.5, 2.0, 0.1, 1.5))]
+
+
+def _less_mean(implied, weights):
+    "Rewards minus their weighted mean in each row."
+    return implied - (weights * implied).sum(-1, keepdim=True)
+
+
+_IMPLIED_REWARDS = Exercise("rlhf_course.optimal_policy:implied_rewards", _implied_rewards_probes, (
+    ("You did not subtract the mean: the constant of each row is to be fixed so that the reference has mean 0.",
+     lambda lp, ref, beta: beta * (lp - ref)),
+    ("You took the plain mean over responses: weight each by its probability under the reference.",
+     lambda lp, ref, beta: beta * (lp - ref) - (beta * (lp - ref)).mean(-1, keepdim=True)),
+    ("You took the mean under the policy: the responses of the reference are to have mean 0.",
+     lambda lp, ref, beta: _less_mean(beta * (lp - ref), lp.exp())),
+    ("You have policy and reference the wrong way round: what the policy made more likely has a high reward.",
+     lambda lp, ref, beta: _less_mean(beta * (ref - lp), ref.exp())),
+    ("You forgot beta: the same change stands for more reward where a nat costs more.",
+     lambda lp, ref, beta: _less_mean(lp - ref, ref.exp())),
+    ("You divided by beta: r = beta log(pi / ref) + a constant.",
+     lambda lp, ref, beta: _less_mean((lp - ref) / beta, ref.exp())),
+    ("You used the ratio of the probabilities itself: its logarithm is the reward.",
+     lambda lp, ref, beta: _less_mean(beta * (lp - ref).exp(), ref.exp())),
+    ("You left out the reference: the reward is in what the policy changed, not in what it likes.",
+     lambda lp, ref, beta: _less_mean(beta * lp, ref.exp())),
+    ("You subtracted one number from the whole table: each row has a mean of its own.",
+     lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * beta * (lp - ref)).sum()),
+    ("You lost the dimension of the mean, so that it meets the wrong rows or none: use keepdim=True.",
+     lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * beta * (lp - ref)).sum(-1)),
+    ("You weighted with log-probabilities: take exp of ref_logprobs first.",
+     lambda lp, ref, beta: _less_mean(beta * (lp - ref), ref)),
+    ("You added the mean: subtract it.",
+     lambda lp, ref, beta: 2 * beta * (lp - ref) - _less_mean(beta * (lp - ref), ref.exp())),
+))
+
+# %% ../nbs/93b_bank_rlhf.ipynb #5c62ff51
+def _best_of_n_probes() -> list[Call]:
+    "Ties and no ties, several n, a float32 input."
+    ref, r = _tables(8, seed=20)
+    tied = torch.tensor([1.0, 0.0, 2.0, 1.0, 2.0, 0.0, 1.0, -3.0], dtype=torch.float64)
+    return [call(ref, tied, 2), call(ref, tied, 5), call(ref, r, 3), call(ref, tied, 1), call(_tables(5, seed=21)[0], torch.ones(5, dtype=torch.float64), 4),
+            call(_tables(6, seed=22)[0].float(), torch.tensor([0.5, 0.5, -1.0, 3.0, 3.0, 0.0]), n=7)]
+
+
+def _shares_below(ref, rewards):
+    "Probability of at most, and of less than, the reward of each response, and of exactly that reward."
+    p = ref.double().exp()
+    at_most, below = ((p * (rewards[None] <= rewards[:, None])).sum(1), (p * (rewards[None] < rewards[:, None])).sum(1))
+    return at_most, below, at_most - below
+
+
+def _in_order(ref, rewards, n):
+    "Ties are broken by the order in which responses stand."
+    p, order = ref.double().exp(), rewards.argsort(stable=True)
+    at_most = p[order].cumsum(0)
+    return (at_most**n - (at_most - p[order]) ** n).log()[order.argsort()]
+
+
+def _by_level(of_level):
+    "A wrong answer from F, F_- and the mass of the level, to be multiplied with the reference."
+    return lambda ref, rewards, n: ref.double() + of_level(*_shares_below(ref, rewards), n).log()
+
+
+_BEST_OF_N_POLICY = Exercise("rlhf_course.optimal_policy:best_of_n_policy", _best_of_n_probes, (
+    ("You broke ties by the order of the responses: equal rewards share in proportion to the reference.", _in_order),
+    ("You gave every tied response the probability of the whole level: divide by the level's mass and multiply with the reference.",
+     lambda ref, rewards, n: (lambda f, g, m: (f**n - g**n).log())(*_shares_below(ref, rewards))),
+    ("You shared a level equally among its responses: the likelier one under the reference is drawn more often.",
+     lambda ref, rewards, n: (lambda f, g, m: ((f**n - g**n) / (rewards[None] == rewards[:, None]).sum(1)).log())(*_shares_below(ref, rewards))),
+    ("You used the density n F^(n-1), which is for rewards without ties and responses of tiny probability.",
+     _by_level(lambda f, g, m, n: n * f ** (n - 1))),
+    ("You counted one draw too few: the power is n, not n - 1.",
+     _by_level(lambda f, g, m, n: (f ** (n - 1) - g ** (n - 1)) / m)),
+    ("You keep the worst of n: F counts the responses with at most this reward, not at least.",
+     _by_level(lambda f, g, m, n: ((1 - g) ** n - (1 - f).clamp(min=0) ** n) / m)),
+    ("You took the power of the difference: it is the difference of the powers, F^n - F_-^n.",
+     _by_level(lambda f, g, m, n: m ** (n - 1))),
+    ("You returned probabilities: log-probabilities are wanted.",
+     lambda ref, rewards, n: (lambda f, g, m: ref.double().exp() * (f**n - g**n) / m)(*_shares_below(ref, rewards))),
+    ("You did not divide by the mass of the level: the rows no longer add up to 1.",
+     _by_level(lambda f, g, m, n: f**n - g**n)),
+    ("You left out the reference: add its log-probability to that of the fraction.",
+     lambda ref, rewards, n: (lambda f, g, m: ((f**n - g**n) / m).log())(*_shares_below(ref, rewards))),
+    ("You took the probability that all draws have at most this reward, F^n: that some draw has it needs F_-^n subtracted.",
+     _by_level(lambda f, g, m, n: f**n / m)),
+    ("You returned float32: work in float64 from the first exp on, and stay there.",
+     lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()).float())(*_shares_below(ref, rewards))),
+))
+
+# %% ../nbs/93b_bank_rlhf.ipynb #5071c139
+def _gao_fit_probes() -> list[Call]:
+    "Noisy gains at several distances, with and without a distance of 0."
+    generator = torch.Generator().manual_seed(30)
+    noise = lambda n: 0.3 * torch.randn(n, generator=generator)
+    few, many = torch.tensor([0.3, 0.9, 1.7, 2.4, 3.9]), torch.linspace(0, 5, 21)
+    return [call(few, 1.0 * few - 0.5 * few * few.log() + noise(5)), call(many, 0.8 * many - 0.6 * torch.xlogy(many, many) + noise(21)),
+            call(torch.tensor([0.0, 0.5, 0.0, 2.0, 3.0, 1.0]), torch.tensor([0.1, 0.4, -0.2, 1.0, 0.2, 0.9])),
+            call(2 * few, 0.3 * few + noise(5))]
+
+
+def _solved(gains, *columns):
+    "The coefficients of the columns by least squares, as floats."
+    return tuple(torch.linalg.lstsq(torch.stack(columns, 1).double(), gains.double()[:, None]).solution[:, 0].tolist())
+
+
+_GAO_FIT = Exercise("rlhf_course.overoptimization:gao_fit", _gao_fit_probes, (
+    ("You have the sign of beta wrong: the law subtracts beta d log d, so the second column is -d log d.",
+     lambda d, gains: _solved(gains, d, torch.xlogy(d, d))),
+    ("You fitted an intercept as well: at distance 0 nothing is gained, so there is none.",
+     lambda d, gains: _solved(gains, torch.ones_like(d), d, -torch.xlogy(d, d))[1:]),
+    ("You used the logarithm to base 10: the natural one is wanted.",
+     lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / 2.302585092994046)),
+    ("You took the logarithm of the divergence, d squared: the distance d itself stands under it.",
+     lambda d, gains: _solved(gains, d, -2 * torch.xlogy(d, d))),
+    ("You left out the d before the logarithm: the second column is -d log d.",
+     lambda d, gains: _solved(gains, d, -torch.where(d > 0, d.clamp(min=1e-30).log(), 0.0))),
+    ("At distance 0 your column is nan: the limit of d log d is 0, which torch.xlogy gives.",
+     lambda d, gains: _solved(gains, d, -d * d.log()) if (d > 0).all() else (float("nan"), float("nan"))),
+    ("You returned beta first: alpha, then beta.",
+     lambda d, gains: _solved(gains, -torch.xlogy(d, d), d)),
+    ("You fitted d (alpha - beta d), which is the form for best-of-n: reinforcement learning has a logarithm.",
+     lambda d, gains: _solved(gains, d, -(d**2))),
+    ("You divided the gains by d before the fit, which counts errors near 0 for more: minimise the squares of the gains' own errors.",
+     lambda d, gains: _solved((gains / d)[d > 0], torch.ones_like(d[d > 0]), -d[d > 0].log())),
+    ("You used d squared, the divergence itself, in both columns: the law is in d, its square root.",
+     lambda d, gains: _solved(gains, d**2, -torch.xlogy(d**2, d**2))),
+))
+
+# %% ../nbs/93b_bank_rlhf.ipynb #6d4fde19
+def _conservative_scores_probes() -> list[Call]:
+    "Two to five models, several penalties, the default among them."
+    scores = lambda *shape, seed: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return [call(scores(4, 7, seed=40)), call(scores(2, 3, seed=41), 0.5), call(scores(3, 5, seed=42), penalty=2.0), call(scores(5, 2, seed=43), 0.0),
+            call(scores(4, 4, seed=44), 1.3)]
+
+
+_CONSERVATIVE_SCORES = Exercise("rlhf_course.overoptimization:conservative_scores", _conservative_scores_probes, (
+    ("You divided by M in the standard deviation: the unbiased one divides by M - 1, which is torch's default.",
+     lambda s, penalty=1.0: s.mean(0) - penalty * s.std(0, correction=0)),
+    ("You subtracted the variance: the standard deviation has the unit of a score.",
+     lambda s, penalty=1.0: s.mean(0) - penalty * s.var(0)),
+    ("You added the penalty, which rewards what the models disagree about.",
+     lambda s, penalty=1.0: s.mean(0) + penalty * s.std(0)),
+    ("You went along the responses: mean and standard deviation are over the models, dimension 0.",
+     lambda s, penalty=1.0: s.mean(1) - penalty * s.std(1)),
+    ("You took the minimum, the other usual choice: the mean minus penalty times the standard deviation is wanted.",
+     lambda s, penalty=1.0: s.amin(0)),
+    ("You ignored the penalty: multiply the standard deviation by it.",
+     lambda s, penalty=1.0: s.mean(0) - s.std(0)),
+    ("You returned the mean: the disagreement is not penalised.",
+     lambda s, penalty=1.0: s.mean(0)),
+    ("You used the standard error of the mean: do not divide by the square root of M, the question is how far the models are apart.",
+     lambda s, penalty=1.0: s.mean(0) - penalty * s.std(0) / len(s) ** 0.5),
+    ("You took one standard deviation over the whole table: each response has its own.",
+     lambda s, penalty=1.0: s.mean(0) - penalty * s.std()),
+    ("You subtracted the range, highest minus lowest: the standard deviation is wanted.",
+     lambda s, penalty=1.0: s.mean(0) - penalty * (s.amax(0) - s.amin(0))),
+    ("You multiplied the mean by the penalty as well: only the standard deviation is multiplied by it.",
+     lambda s, penalty=1.0: penalty * (s.mean(0) - s.std(0))),
+))
+
 # %% ../nbs/93b_bank_rlhf.ipynb #1392726d
 RLHF_EXERCISES: tuple[Exercise, ...] = (
     _CHOSEN_LOGPROBS,
@@ -283,4 +494,9 @@ RLHF_EXERCISES: tuple[Exercise, ...] = (
     _SHAPE_REWARDS,
     _WHITEN_MASKED,
     _ADAPT_KL_COEF,
+    _OPTIMAL_POLICY,
+    _IMPLIED_REWARDS,
+    _BEST_OF_N_POLICY,
+    _GAO_FIT,
+    _CONSERVATIVE_SCORES,
 )
