@@ -2,6 +2,7 @@
 
 import __future__
 import ast
+import inspect
 import itertools
 import math
 import re
@@ -524,25 +525,32 @@ def moved(value):
     """A result whose numbers, in a list the first one, are too large by one and by themselves."""
     if isinstance(value, torch.Tensor) and not value.numel():
         return value.new_ones(1)
+    if isinstance(value, torch.Tensor) and value.isnan().all() or isinstance(value, float) and math.isnan(value):
+        return torch.full_like(value, 0.5) if isinstance(value, torch.Tensor) else 0.5
     return type(value)([moved(value[0]), *value[1:]]) if isinstance(value, list | tuple) else value + abs(value) + 1
 
 
 def test_right_on_all_probes_but_one_is_wrong():
     """A function that is right on all probes but one is wrong, whichever one it is."""
     for name, exercise in EXERCISES.items():
-        for lucky in range(len(exercise.probes())):
-            calls = []
+        signature = inspect.signature(exercise.load())
 
-            def almost(*args, exercise=exercise, lucky=lucky, calls=calls, **kwargs):
-                calls.append(1)
-                spoilt = len(calls) - 1 == lucky * (1 + exercise.gradients)
+        def written(args, kwargs, signature=signature):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return repr(bound.arguments).replace(", requires_grad=True", "")
+
+        for lucky in [written(*probe) for probe in exercise.probes()]:
+
+            def almost(*args, exercise=exercise, lucky=lucky, written=written, **kwargs):
+                spoilt = written(args, kwargs) == lucky
                 try:
                     value = exercise.load()(*args, **kwargs)
                 except ValueError:  # what is right on this probe is to refuse it
                     if spoilt:
                         return 0
                     raise
-                return (0.5 if value != value else moved(value)) if spoilt and isinstance(value, float) else moved(value) if spoilt else value
+                return moved(value) if spoilt else value
 
             result = check(named(name, almost))
             assert not result.passed and f"wrong on 1 of {len(exercise.probes())} probes" in result.message
@@ -635,7 +643,9 @@ def test_learners_notebook_is_the_lesson_without_its_answers(path):
     assert [one for one in ids if one != "your-copy"] == expected
     names, sources = exercise_names(lesson), [cell.source for cell in learner.cells]
     first = next(i for i, source in enumerate(sources) if "raise NotImplementedError" in source)
-    assert not any(cell.get("outputs") for cell in learner.cells[first:]) and any(cell.get("outputs") for cell in learner.cells[:first])
+    given = {cell.id: bool(cell.get("outputs")) for cell in lesson.cells}
+    assert not any(cell.get("outputs") for cell in learner.cells[first:])
+    assert all(bool(cell.get("outputs")) == given.get(cell.id, False) for cell in learner.cells[:first])
     assert not any("#| export" in source or "#| exercise" in source or "#| default_exp" in source for source in sources)
     assert sum("raise NotImplementedError(" in source for source in sources) == len(names)
     kept = {line.strip() for cell in lesson.cells if "exercise" not in cell_flags(cell) for line in cell.source.split("\n")}
