@@ -81,8 +81,7 @@ def gao_fit(
     """
     d = distances.double()
     columns = torch.stack([d, -torch.xlogy(d, d)], 1)
-    alpha, beta = torch.linalg.lstsq(columns, gains.double()[:, None]).solution[:, 0].tolist()
-    return alpha, beta
+    return tuple(torch.linalg.lstsq(columns, gains.double()[:, None]).solution[:, 0].tolist())
 
 # %% ../nbs/06b_overoptimization.ipynb #384115bb
 def gao_curve(
@@ -103,8 +102,8 @@ def gao_peak(
 
     Raises: ValueError for a beta that is not above 0: then the law has no peak.
     """
-    if not beta > 0:
-        raise bad_argument("gao_peak", "beta", "above 0", beta, "train further: a curve that has not bent yet does not tell where it will")
+    if not beta > 0 or alpha / beta > 700:  # exp(700) is about the largest number there is
+        raise bad_argument("gao_peak", "beta", "above 0, and above alpha / 700", beta, "train further: a curve that has not bent yet does not tell where it will")
     d = math.exp(alpha / beta - 1)
     return d, beta * d
 

@@ -71,6 +71,9 @@ def normalize_advantages(
     Source: Huang et al. 2022 (37 details), detail 7.
     """
     check_aligned("normalize_advantages", {"advantages": advantages}, {"mask": mask})
+    counted = advantages if mask is None else advantages[mask]
+    if not counted.numel() or counted.min() == counted.max():  # else the rounding of the mean would be divided by itself
+        return torch.zeros_like(advantages)
     (advantages,) = zero_masked(mask, advantages)
     centred = advantages - masked_mean(advantages, mask)
     return zero_masked(mask, centred / (masked_variance(advantages, mask).sqrt() + eps))[0]
@@ -205,9 +208,11 @@ def explained_variance(
     Raises: ValueError for other shapes or types.
     """
     check_aligned("explained_variance", {"values": values, "returns": returns}, {"mask": mask})
+    known = returns if mask is None else returns[mask]
+    if known.numel() == 0 or known.max() == known.min():
+        return returns.new_tensor(torch.nan)
     values, returns = zero_masked(mask, values, returns)
-    total = masked_variance(returns, mask)
-    return torch.where(total > 0, 1 - masked_variance(returns - values, mask) / total, torch.nan)
+    return 1 - masked_variance(returns - values, mask) / masked_variance(returns, mask)
 
 # %% ../nbs/05b_ppo.ipynb #4a6b1743
 def ppo_loss(
@@ -896,12 +901,12 @@ def train(
     Raises: what an environment raises, and ValueError for spaces or rewards that do not fit; all environments are closed then.
     Source: Schulman et al. 2017, algorithm 1.
     """
-    stream = Stream(envs, observation_norm, reward_scaler, device_of(agent))
-    generator = torch.Generator(stream.device).manual_seed(seed)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)  # eps: detail 3
-    run = Run(agent, optimizer, generator, stream, config, seed)
-    n_updates = max(1, config.total_steps // (config.n_steps * envs.num_envs))
     with closed_on_error(envs):
+        stream = Stream(envs, observation_norm, reward_scaler, device_of(agent))
+        generator = torch.Generator(stream.device).manual_seed(seed)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)  # eps: detail 3
+        run = Run(agent, optimizer, generator, stream, config, seed)
+        n_updates = max(1, config.total_steps // (config.n_steps * envs.num_envs))
         stream.reset(seed)
         check_fit(agent, stream)
         if checkpoint is not None:
@@ -1170,7 +1175,7 @@ def save_run(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"run": json.dumps(facts)}))
+        file.write(safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {"run": json.dumps(facts)}))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
