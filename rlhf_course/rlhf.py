@@ -219,6 +219,8 @@ class RLHFConfig:
         if self.kl_estimator not in ("k1", "k2", "k3"): raise bad_argument("RLHFConfig", "kl_estimator", "k1, k2 or k3", repr(self.kl_estimator), "leave it at k1")
         if self.target_kl is not None and not (self.target_kl > 0 and self.kl_coef > 0):
             raise bad_argument("RLHFConfig", "target_kl", "above 0, with a kl_coef above 0 to start from", f"{self.target_kl} with kl_coef={self.kl_coef}", "a price of 0 cannot adapt")
+        if self.target_kl is not None and not self.batch_size < 5 * self.kl_horizon:
+            raise bad_argument("RLHFConfig", "kl_horizon", f"above {self.batch_size / 5:g}, a fifth of the batch", self.kl_horizon, "one step must not bring the price below 0")
 
 # %% ../nbs/06_rlhf.ipynb #bcf2602e
 RewardFn = Callable[[list[str], list[str]], Tensor] # prompts and responses -> scores, (B,) float
@@ -250,9 +252,8 @@ def score_rollout(
 
     Raises: `ValueError` where the reward function raises, gives another shape, or a score that is not finite, with the prompt.
     """
-    try: given = reward_fn(prompts, responses)
+    try: scores = torch.as_tensor(reward_fn(prompts, responses), dtype=torch.float32)
     except Exception as error: raise _blame(reward_fn, prompts, responses, error) from error
-    scores = torch.as_tensor(given, dtype=torch.float32)
     if scores.shape != (len(prompts),):
         raise bad_argument("score_rollout", "reward_fn", f"a function that gives {len(prompts)} scores, shape ({len(prompts)},)",
                            f"{tuple(scores.shape)} for prompts that begin with {prompts[0]!r}", "return one number for each response")
@@ -266,7 +267,7 @@ def score_rollout(
 def _blame(reward_fn: RewardFn, prompts: list[str], responses: list[str], error: Exception) -> ValueError:
     "The error to raise for a reward function that raised: it names the first pair on which it does so alone, or else the first of the batch."
     for prompt, response in zip(prompts, responses):
-        try: reward_fn([prompt], [response])
+        try: torch.as_tensor(reward_fn([prompt], [response]), dtype=torch.float32)
         except Exception: break
     else: prompt, response = prompts[0], responses[0]
     return bad_argument("score_rollout", "reward_fn", "a function that gives a score for every response",
@@ -593,10 +594,13 @@ def train_rlhf(
     Where `checkpoint_dir` holds checkpoints of this training, it goes on from the last whole one, and ends with the same weights as if it had never stopped.
     A rollout whose divergence exceeds `config.max_kl` ends the training with a warning, before its update.
 
-    Raises: `ValueError` for prompts without room for a response, a reward function that fails (with update and prompt), a folder of another
+    Raises: `ValueError` for prompts without room for a response, a reference that is the policy, a reward function that fails (with update and prompt), a folder of another
     training, or where a response that never ends would score more than the average one that does; `FloatingPointError` for a gradient that is not finite.
     """
     if not len(prompts): raise bad_argument("train_rlhf", "prompts", "at least one text", "none", "look at what was loaded or filtered")
+    if ref_model is not None and {id(p) for p in ref_model.parameters()} & {id(p) for p in policy.model.parameters()}: # it would move along, at a divergence of 0
+        raise bad_argument("train_rlhf", "ref_model", "a model of its own", "one that shares parameters with the policy",
+                           "pass copy.deepcopy(model), made before tuning, or None for a policy with adapters")
     _check_room(policy.model, encode_prompts(tokenizer, sorted(prompts, key=len)[-64:])[1], config) # the longest at once, and each batch when it is drawn
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if folder is not None: _claim(folder, policy, prompts, config)

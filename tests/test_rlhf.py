@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from rlhf_course.rlhf import (
     rollout_advantages,
     rollout_stats,
     save_checkpoint,
+    score_rollout,
     shape_rewards,
     train_rlhf,
     update_policy,
@@ -249,7 +251,7 @@ def test_response_that_is_only_the_end_token():
         head.weight.zero_(), head.bias.zero_()
         head.bias[eos] = 50.0
     policy.model.lm_head = head
-    rollout = collect_rollout(policy, policy.model, TOKENIZER, list(ARENA.prompts[:4]), truth, SMALL, torch.Generator().manual_seed(0))
+    rollout = collect_rollout(policy, copy.deepcopy(policy.model), TOKENIZER, list(ARENA.prompts[:4]), truth, SMALL, torch.Generator().manual_seed(0))
     assert rollout.responses == [""] * 4 and rollout.mask.shape == (1, 4) and rollout.ended.all()
     assert_close(rollout.rewards[0], rollout.scores)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
@@ -405,3 +407,17 @@ def test_save_keeps_the_last_two(tmp_path):
         state.history.append({"update": number, "n": float(ids.numel())})
         save_checkpoint(state, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_reference_that_is_the_policy_is_refused():
+    """It would move with the policy, and the divergence would be 0 for ever."""
+    policy = new_policy()
+    with pytest.raises(ValueError, match="shares parameters with the policy"):
+        train_rlhf(policy, policy.model, TOKENIZER, ARENA.prompts, truth, SMALL)
+
+
+def test_reward_that_is_no_number_is_named():
+    """None in place of scores is an error that names the prompt, as an exception is."""
+    prompt = ARENA.prompts[0]
+    with pytest.raises(ValueError, match=re.escape(repr(prompt))):
+        score_rollout(lambda prompts, responses: None, [prompt], ["boil water ."], torch.tensor([True]), -3.0)
