@@ -339,7 +339,8 @@ def test_settings_outside_their_range_are_named(setting):
 # Bad luck.
 
 TRAINING = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has Ctrl-C switched off
 import gymnasium as gym
 from rlhf_course.ppo import *
 from safetensors.torch import save_file
