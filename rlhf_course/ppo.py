@@ -7,10 +7,10 @@ __all__ = ['CLIP_HINT', 'PROBES', 'PANELS', 'masked_variance', 'normalize_advant
            'value_loss', 'approx_kl', 'approx_kl_k2', 'clip_fraction', 'explained_variance', 'ppo_loss', 'Categorical',
            'gaussian_logprob', 'Gaussian', 'ActorCritic', 'orthogonal_layer', 'mlp', 'check_spaces', 'make_agent',
            'PPOConfig', 'annealed', 'combine_moments', 'RunningMoments', 'FrozenMoments', 'RewardScaler', 'Stream',
-           'to_environment', 'failed_environment', 'Rollout', 'rollout', 'Batch', 'prepare', 'shuffled_minibatches',
-           'update', 'Run', 'progress_row', 'device_of', 'check_fit', 'closed_on_error', 'train', 'evaluate', 'Probe',
-           'make_probe', 'healthy_bands', 'dashboard', 'LiveDashboard', 'log_to', 'Animation', 'draw_cartpole',
-           'Checkpoint', 'running_moments', 'save_run', 'load_run']
+           'to_environment', 'failed_environment', 'Rollout', 'rollout', 'Batch', 'prepare', 'clip_gradients',
+           'shuffled_minibatches', 'update', 'Run', 'progress_row', 'device_of', 'check_fit', 'closed_on_error',
+           'train', 'evaluate', 'Probe', 'make_probe', 'healthy_bands', 'dashboard', 'LiveDashboard', 'log_to',
+           'Animation', 'draw_cartpole', 'Checkpoint', 'running_moments', 'save_run', 'load_run']
 
 # %% ../nbs/05b_ppo.ipynb #a6cc5e74
 import contextlib
@@ -72,7 +72,7 @@ def normalize_advantages(
     """
     check_aligned("normalize_advantages", {"advantages": advantages}, {"mask": mask})
     counted = advantages if mask is None else advantages[mask]
-    if not counted.numel() or counted.min() == counted.max():  # else the rounding of the mean would be divided by itself
+    if not counted.numel() or torch.equal(*counted.aminmax()):  # else the rounding of the mean would be divided by itself
         return torch.zeros_like(advantages)
     (advantages,) = zero_masked(mask, advantages)
     centred = advantages - masked_mean(advantages, mask)
@@ -248,7 +248,9 @@ def ppo_loss(
     policy_term = clipped_surrogate_loss(logprobs, old_logprobs, advantages, mask, clip_coef=clip_coef)
     value_term = value_loss(values, old_values, returns, mask, vf_clip_coef=vf_clip_coef)
     entropy_term = masked_mean(entropy, mask)
-    loss = policy_term + vf_coef * value_term - ent_coef * entropy_term
+    loss = policy_term + vf_coef * value_term
+    if ent_coef:  # without a bonus nothing need flow back through the entropy
+        loss = loss - ent_coef * entropy_term
     with torch.no_grad():
         stats = {"policy_loss": policy_term.detach(), "value_loss": value_term.detach(), "entropy": entropy_term.detach(),
                  "approx_kl": approx_kl(logprobs, old_logprobs, mask),
@@ -287,7 +289,8 @@ class Categorical:
 
     def entropy(self) -> Tensor:  # (...) float, nats, from 0 to log(n)
         "The entropy of each distribution."
-        return -(self.logprobs.exp() * self.logprobs).sum(-1)
+        impossible_is_0 = self.logprobs.clamp(min=torch.finfo(self.logprobs.dtype).min)  # 0 times -inf would be NaN
+        return -(self.logprobs.exp() * impossible_is_0).sum(-1)
 
 # %% ../nbs/05b_ppo.ipynb #260e9917
 def gaussian_logprob(
@@ -602,7 +605,7 @@ class Stream:
     def step(
         self,
         actions: Tensor,           # one for each environment, as the policy drew them, (N,) long or (N, d) float
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:  # (rewards, terminated, done, mask), each (N,); final observations
+    ) -> tuple[tuple[np.ndarray, ...], Tensor | None]:  # (rewards, terminated, done, mask), each (N,); final observations
         """What one step brought, and in same-step mode the final observations of the episodes that ended, in order.
 
         Raises: ValueError for a reward that is not finite; RuntimeError for an environment that raised.
@@ -622,9 +625,9 @@ class Stream:
             rewards = self.reward_scaler.scale(rewards, done, mask)
         self.observations, final = self._seen(observations), None
         if self.same_step and done.any():
-            final = self._tensor(self._normalized(np.stack(list(infos["final_obs"][done]))))
+            final = self.tensor(self._normalized(np.stack(list(infos["final_obs"][done]))))
         self.resetting = np.zeros_like(done) if self.same_step else done
-        return tuple(self._tensor(column) for column in (rewards.astype(np.float32), terminated, done, mask)), final
+        return (rewards.astype(np.float32), terminated.copy(), done, mask), final
 
     def _count(self, rewards: np.ndarray, done: np.ndarray, mask: np.ndarray) -> None:
         "Keep the return and length of each episode."
@@ -641,14 +644,17 @@ class Stream:
         "The observations as the agent sees them; the statistics learn from them."
         if self.observation_norm is not None:
             self.observation_norm.update(observations)
-        return self._tensor(self._normalized(observations))
+        return self.tensor(self._normalized(observations))
 
     def _normalized(self, observations: np.ndarray) -> np.ndarray:
         "The observations as the agent sees them."
         return observations if self.observation_norm is None else self.observation_norm.normalize(observations)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        "A copy as a tensor: some environments write their next observation over the last one."
+    def tensor(
+        self,
+        array: np.ndarray,  # float, bool, or uint8 for images
+    ) -> Tensor:            # same shape; float32, bool or uint8
+        "A copy as a tensor on the stream's device: some environments write their next observation over the last one."
         kept = array.dtype in (np.bool_, np.uint8)  # an image stays in bytes until the network reads it
         return torch.tensor(array, dtype=None if kept else torch.float32, device=self.device)
 
@@ -708,15 +714,17 @@ def rollout(
 
     Raises: what `Stream.step` raises, and ValueError where a value is not finite.
     """
-    rows, finals = [], []
+    decisions, outcomes, finals = [], [], []
     for _ in range(n_steps):
         observations = stream.observations
         policy, values = agent(observations)
         actions = policy.sample(generator)
         outcome, final = stream.step(actions)
-        rows.append((observations, actions, policy.log_prob(actions), values, *outcome))
+        decisions.append((observations, actions, policy.log_prob(actions), values))
+        outcomes.append(outcome)
         finals += [] if final is None else [final]
-    observations, actions, logprobs, values, rewards, terminated, done, mask = map(torch.stack, zip(*rows, strict=True))
+    observations, actions, logprobs, values = map(torch.stack, zip(*decisions, strict=True))
+    rewards, terminated, done, mask = (stream.tensor(np.stack(column)) for column in zip(*outcomes, strict=True))
     if not values.isfinite().all():
         t, i = (~values.isfinite()).nonzero()[0].tolist()
         raise bad_argument("rollout", "agent", "one that predicts finite values", f"{values[t, i].item()} in row {t}, environment {i}, from "
@@ -760,6 +768,22 @@ def prepare(
     return batch, dict(zip(facts, torch.stack(list(facts.values())).tolist(), strict=True))
 
 # %% ../nbs/05b_ppo.ipynb #59aae37f
+def clip_gradients(
+    parameters: Sequence[nn.Parameter],  # those without a gradient are passed over
+    max_norm: float,                     # largest norm of all gradients together, above 0
+) -> Tensor:                             # their norm as it was, scalar
+    """The norm of all gradients as one vector; gradients that are longer than `max_norm` are shortened to it, in place.
+
+    Source: Pascanu et al. 2013, algorithm 1; Huang et al. 2022 (37 details), detail 11.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor)
+    return norm
+
+# %% ../nbs/05b_ppo.ipynb #66aff8b1
 def shuffled_minibatches(
     n_rows: int,                 # rows of the batch
     n_minibatches: int,          # parts
@@ -794,14 +818,15 @@ def update(
     for _ in range(config.n_epochs):
         moved = []
         for rows in minibatch_fn(len(batch.actions), config.n_minibatches, generator):
-            part = Batch(*(column[rows] for column in batch))
+            part = Batch(*(column.index_select(0, rows) for column in batch))
             policy, values = agent(part.observations)
             loss, stats = loss_fn(policy.log_prob(part.actions), part.old_logprobs, normalize_fn(part.advantages), values,
                                   part.old_values, part.returns, policy.entropy(), clip_coef=config.clip_coef,
                                   vf_coef=config.vf_coef, ent_coef=config.ent_coef, vf_clip_coef=config.vf_clip_coef)
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             loss.backward()
-            stats["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            stats["grad_norm"] = clip_gradients(parameters, config.max_grad_norm)
             optimizer.step()
             steps.append(torch.stack(list(stats.values())))
             moved.append(stats["approx_kl"])
@@ -947,8 +972,8 @@ def evaluate(
         while (playing := played < n_episodes).any():
             (rewards, _, done, mask), _ = stream.step(act(agent(stream.observations)[0]))
             rows = torch.arange(envs.num_envs)[playing]
-            returns[played[rows], rows] += (rewards * mask).cpu()[rows]
-            played += (done & mask).cpu()
+            returns[played[rows], rows] += torch.from_numpy(rewards * mask)[rows]
+            played += torch.from_numpy(done & mask)
             if stream.n_steps > max_steps * envs.num_envs:
                 raise bad_argument("evaluate", "envs", f"over after {max_steps} steps", "episodes that go on", "give them a time limit")
     return returns
