@@ -131,7 +131,7 @@ def compute_gae(
     carry = gamma * gae_lambda * (~done).to(rewards.dtype)
     deltas, carry, values = zero_masked(mask, rewards + gamma * future - values, carry, values)
 
-    advantages, following = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    advantages, following = torch.empty_like(deltas), deltas.new_zeros(deltas.shape[1:])
     for t in reversed(range(len(deltas))):
         advantages[t] = following = deltas[t] + carry[t] * following
     return advantages, advantages + values

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,7 +51,7 @@ def masked_variance(
     """
     check_aligned("masked_variance", {"x": x}, {"mask": mask})
     if mask is None:
-        return x.var(correction=min(1, x.numel() - 1))
+        return x.var() if x.numel() > 1 else torch.zeros_like(x).sum()
     (x,) = zero_masked(mask, x)
     n = mask.sum()
     squares = (x - masked_mean(x, mask)) ** 2
@@ -1142,14 +1143,19 @@ class Checkpoint:
     """A file that a run is written to every few updates, and taken up from where there is one.
 
     At a checkpoint every environment begins a new episode, so a run with checkpoints differs from one without; with the same
-    `every` it is the same to the bit whether it was interrupted or not.
+    `every` it is the same to the bit whether it was interrupted or not. The episodes that are broken off are in no statistic;
+    where checkpoints come so often that the longest episodes can never end, a warning says so.
+
+    Raises: ValueError for an `every` that is no whole number from 1 on.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,  # of the file; its folder is made when needed
-        every: int = 10,          # updates between two checkpoints
+        every: int = 20,          # updates between two checkpoints
     ):
+        if not isinstance(every, int) or every < 1:
+            raise bad_argument("Checkpoint", "every", "a whole number from 1 on", every, "20 updates are usual")
         self.path, self.every = Path(path), every
 
     def resume(
@@ -1157,6 +1163,10 @@ class Checkpoint:
         run: Run,  # at its start; changed in place
     ) -> None:     # nothing
         "Take the run up from the file, if there is one."
+        limit, steps = getattr(run.stream.envs.spec, "max_episode_steps", None), self.every * run.config.n_steps
+        if limit is not None and steps < limit:
+            warnings.warn(f"Checkpoint: all environments begin anew every {steps} steps, so no episode of {limit} steps comes to its end and "
+                          f"`return_mean` leaves the longest out; take every={math.ceil(limit / run.config.n_steps)} or more", stacklevel=3)
         if self.path.exists():
             load_run(run, self.path)
             self._new_episodes(run)
@@ -1200,7 +1210,7 @@ def save_run(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {"run": json.dumps(facts)}))
+        file.write(safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {"run": json.dumps(facts, default=float)}))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

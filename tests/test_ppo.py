@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from torch.testing import assert_close
 
 from rlhf_course.policy_gradient import compute_gae
 from rlhf_course.ppo import (
+    Categorical,
     Checkpoint,
     LiveDashboard,
     PPOConfig,
@@ -30,6 +32,8 @@ from rlhf_course.ppo import (
     dashboard,
     evaluate,
     make_agent,
+    masked_variance,
+    normalize_advantages,
     rollout,
     shuffled_minibatches,
     train,
@@ -207,7 +211,7 @@ def test_rewards_are_scaled_as_by_gymnasium():
         (rewards, *_), _ = stream.step(torch.zeros(3, dtype=torch.long))
         expected = theirs.step(np.zeros(3, dtype=int))[1]
         if t > 20:
-            assert_close(rewards, torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-5)
+            assert_close(torch.from_numpy(rewards), torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
@@ -426,6 +430,49 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="not the checkpoint of a run"):
         train(agent_for(envs), clocks(4), SHORT, 0, checkpoint=Checkpoint(path, every=1))
+
+
+def test_checkpoint_takes_settings_from_numpy(tmp_path):
+    """A learning rate out of `np.linspace` is a number like any other."""
+    config = replace(SHORT, learning_rate=np.float64(0.003), gamma=np.float32(0.9))
+    for _ in range(2):
+        envs = clocks(4)
+        assert len(train(agent_for(envs), envs, config, checkpoint=Checkpoint(tmp_path / "run", every=1))) > 1
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0, None])
+def test_checkpoint_without_an_interval(every, tmp_path):
+    """Refused where it is made, not when the first update is over."""
+    with pytest.raises(ValueError, match="Checkpoint: `every` should be a whole number from 1 on"):
+        Checkpoint(tmp_path / "run", every=every)
+
+
+def test_checkpoints_that_no_long_episode_survives(tmp_path):
+    """A warning says that the longest episodes are never counted, and what to do."""
+    for every, fits in ((31, False), (32, True)):
+        envs = gym.make_vec("CartPole-v1", num_envs=2, vectorization_mode="vector_entry_point")
+        config = replace(SHORT, total_steps=2 * 16, n_steps=16)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(agent_for(envs), envs, config, checkpoint=Checkpoint(tmp_path / f"{every}", every=every))
+        assert [("every=32" in str(warning.message)) for warning in told] == [True] * (not fits)
+
+
+def test_actions_that_are_impossible():
+    """A logit of minus infinity is an action that is never taken: no NaN in entropy, loss or gradient."""
+    logits = torch.tensor([[0.0, 1.0, -math.inf], [0.0, -math.inf, -math.inf]], requires_grad=True)
+    policy = Categorical(logits)
+    assert torch.allclose(policy.entropy(), torch.tensor([0.5822, 0.0]), atol=1e-4)
+    (policy.entropy().sum() + policy.log_prob(torch.tensor([0, 0])).sum()).backward()
+    assert logits.grad.isfinite().all() and logits.grad[0, 0] != 0 and (logits.grad[:, 2] == 0).all()
+    assert not (policy.sample(torch.Generator().manual_seed(0)) == 2).any()
+
+
+def test_nothing_has_no_variance_and_no_advantages():
+    """Empty tensors give 0 and empty tensors."""
+    assert masked_variance(torch.empty(0)) == 0 and normalize_advantages(torch.empty(0)).shape == (0,)
+    none, flags = torch.empty(0, 3), torch.empty(0, 3, dtype=torch.bool)
+    assert [tuple(result.shape) for result in compute_gae(none, none, none, flags, flags)] == [(0, 3), (0, 3)]
 
 
 def test_finished_run_is_not_trained_again(tmp_path):
