@@ -22,26 +22,23 @@ from torch.testing import assert_close
 
 from rlhf_course.reward_model import new_reward_model, score_responses
 from rlhf_course.rlhf import (
-    KLSnapshots,
     PolicyWithValue,
     RLHFConfig,
     TrainingState,
-    adapt_kl_coef,
     center_rewards,
     collect_rollout,
     evaluate_tokens,
     load_checkpoint,
-    out_of_band,
     rollout_advantages,
     rollout_stats,
     save_checkpoint,
-    score_rollout,
-    shape_rewards,
     train_rlhf,
     update_policy,
 )
+from rlhf_course.rlhf_lab import KLSnapshots, out_of_band
 from rlhf_course.tiny_arena import tiny_arena, utility
 from rlhf_course.tiny_lm import encode_prompts, load_tiny_lm, sample_responses, tiny_llama, train_bpe_tokenizer
+from rlhf_course.token_rewards import adapt_kl_coef, score_rollout, shape_rewards
 
 ARENA = tiny_arena()
 MODEL, TOKENIZER = load_tiny_lm()
