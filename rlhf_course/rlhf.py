@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import bad_argument, write_atomic
-from .policy_gradient import compute_gae
-from .ppo import explained_variance, normalize_advantages, ppo_loss
+from .policy_gradient import check_fraction, compute_gae
+from .ppo import check_positive, explained_variance, normalize_advantages, ppo_loss
 from .tiny_lm import Sample, encode_prompts, position_ids, response_logprobs, sample_responses
 from .token_rewards import RewardFn, adapt_kl_coef, chosen_logprobs, score_rollout, shape_rewards, token_kl, whiten_masked
 
@@ -109,19 +109,25 @@ class RLHFConfig:
     minibatch_size: int = 32 # responses an optimizer step
     learning_rate: float = 3e-4 # of Adam for the language model, falls linearly to zero
     value_learning_rate: float = 5e-3 # of Adam for the value head, which starts from zero and has far to go
-    clip_coef: float = 0.2 # PPO's clip range
+    clip_coef: float = 0.2 # PPO's clip range, above 0
     vf_coef: float = 0.1 # weight of the value loss
-    gamma: float = 1.0 # a response is judged as a whole
-    gae_lambda: float = 0.95 # bias against variance of the advantages
-    max_grad_norm: float = 1.0 # gradients are scaled down to this norm
+    gamma: float = 1.0 # discount of rewards, in [0, 1]; 1: a response is judged as a whole
+    gae_lambda: float = 0.95 # bias against variance of the advantages, in [0, 1]
+    max_grad_norm: float = 1.0 # gradients are scaled down to this norm, above 0
     max_kl: float = 10.0 # stop when a rollout's mean divergence exceeds this, nats a response
     seed: int = 0 # of prompts, samples and minibatches
 
     def __post_init__(self):
-        for name in ("n_updates", "batch_size", "max_new_tokens", "temperature", "kl_horizon", "n_epochs", "minibatch_size", "learning_rate",
-                     "value_learning_rate", "max_kl"):
-            if not getattr(self, name) > 0: raise bad_argument("RLHFConfig", name, "above 0", getattr(self, name), "leave it at its default")
-        if not self.kl_coef >= 0: raise bad_argument("RLHFConfig", "kl_coef", "at least 0", self.kl_coef, "0 switches the penalty off")
+        for name in ("n_updates", "batch_size", "max_new_tokens", "kl_horizon", "n_epochs", "minibatch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise bad_argument("RLHFConfig", name, "a whole number from 1 on", getattr(self, name), "convert it with `int`")
+        for name in ("temperature", "learning_rate", "value_learning_rate", "clip_coef", "max_grad_norm", "max_kl"):
+            check_positive("RLHFConfig", name, getattr(self, name), "leave it at its default")
+        for name in ("gamma", "gae_lambda"): check_fraction("RLHFConfig", name, getattr(self, name))
+        for name in ("kl_coef", "vf_coef"):
+            if not getattr(self, name) >= 0: raise bad_argument("RLHFConfig", name, "at least 0", getattr(self, name), "0 switches it off")
+        if not math.isfinite(self.missing_end_score):
+            raise bad_argument("RLHFConfig", "missing_end_score", "a finite number", self.missing_end_score, "take one below the scores of responses that end")
         if self.kl_estimator not in ("k1", "k2", "k3"): raise bad_argument("RLHFConfig", "kl_estimator", "k1, k2 or k3", repr(self.kl_estimator), "leave it at k1")
         if self.target_kl is not None and not (self.target_kl > 0 and self.kl_coef > 0):
             raise bad_argument("RLHFConfig", "target_kl", "above 0, with a kl_coef above 0 to start from", f"{self.target_kl} with kl_coef={self.kl_coef}", "a price of 0 cannot adapt")
@@ -379,13 +385,15 @@ def _claim(folder: Path, policy: PolicyWithValue, prompts: Sequence[str], config
     "Notes in the folder what is tuned there, and removes what a killed process left. Raises: `ValueError` where something else was."
     weights = 0
     for p in policy.parameters(): weights = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), weights)
-    note = json.dumps({"config": asdict(config), "prompts": zlib.crc32(json.dumps(list(prompts)).encode()), "weights": weights}, indent=1)
+    note = {"config": asdict(config), "prompts": zlib.crc32(json.dumps(list(prompts)).encode()), "weights": weights}
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / "training.json"
-    if place.exists() and place.read_text(encoding="utf-8") != note:
-        raise bad_argument("train_rlhf", "checkpoint_dir", "a folder of the same training, or a new one",
-                           f"{folder}, where another config, other prompts or another model were used", "name another folder, or delete this one")
-    write_atomic(place, note)
+    try: found = json.loads(place.read_text(encoding="utf-8")) if place.exists() else note
+    except ValueError: found = {} # somebody else's file
+    if other := [name for name in note if found.get(name) != note[name]]:
+        raise bad_argument("train_rlhf", "checkpoint_dir", "a folder of the same training, or a new one", f"{folder}, which belongs to one with other {' and '.join(other)}",
+                           "a training that was interrupted goes on with the settings, the prompts and the untuned policy that it began with; for any other name another folder")
+    write_atomic(place, json.dumps(note, indent=1))
     for left in folder.glob(".checkpoint-*"): shutil.rmtree(left, ignore_errors=True)
 
 
@@ -406,29 +414,35 @@ def train_rlhf(
     reward_fn: RewardFn, # prompts and responses -> scores; a learned one from `center_rewards`
     config: RLHFConfig = RLHFConfig(), # how
     *,
-    callbacks: Sequence[Callback] = (), # called after each rollout, before its update; what they return goes into the row
+    callbacks: Sequence[Callback] = (), # called after each rollout, before its update; what they return goes into the row, what they keep is in no checkpoint
     checkpoint_dir: str | Path | None = None, # where to keep checkpoints, and to go on from; None keeps nothing
-    checkpoint_every: int = 1, # updates from one checkpoint to the next; there is always one after the last
+    checkpoint_every: int = 1, # updates from one checkpoint to the next, from 1 on; there is always one after the last
 ) -> list[dict[str, float]]: # one row of statistics an update
     """Tunes a language model to write responses with a high reward that stay close to the reference.
 
     Where `checkpoint_dir` holds checkpoints of this training, it goes on from the last whole one, and ends with the same weights as if it had never stopped.
-    A rollout whose divergence exceeds `config.max_kl` ends the training with a warning, before its update.
+    A rollout whose divergence exceeds `config.max_kl` ends the training with a warning, before its update. Policy and reference are put in eval mode: with dropout no
+    log-probability would be that of the sampler.
 
     Raises: `ValueError` for prompts without room for a response, a reference that is the policy, a reward function that fails (with update and prompt), a folder of another
     training, or where a response that never ends would score more than the average one that does; `FloatingPointError` for a gradient that is not finite.
     """
+    if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+        raise bad_argument("train_rlhf", "checkpoint_every", "a whole number from 1 on", checkpoint_every, "1 keeps every update")
     if not len(prompts): raise bad_argument("train_rlhf", "prompts", "at least one text", "none", "look at what was loaded or filtered")
     if ref_model is not None and {id(p) for p in ref_model.parameters()} & {id(p) for p in policy.model.parameters()}: # it would move along, at a divergence of 0
         raise bad_argument("train_rlhf", "ref_model", "a model of its own", "one that shares parameters with the policy",
                            "pass copy.deepcopy(model), made before tuning, or None for a policy with adapters")
     _check_room(policy.model, encode_prompts(tokenizer, sorted(prompts, key=len)[-64:])[1], config) # the longest at once, and each batch when it is drawn
+    for module in (policy, ref_model):
+        if module is not None: module.eval()
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    elsewhere = "" if folder is None else f"; {folder} belongs to these settings, so name another checkpoint_dir for others, or delete this one"
     if folder is not None: _claim(folder, policy, prompts, config)
     state = TrainingState.start(policy, config)
     if folder is not None: load_checkpoint(state, folder)
     for update in tqdm(range(len(state.history), config.n_updates), desc="PPO", unit="update", initial=len(state.history), total=config.n_updates):
-        started = time.perf_counter()
+        started, draws = time.perf_counter(), (state.rng.getstate(), state.generator.get_state())
         priced = replace(config, kl_coef=state.kl_coef)
         try: rollout = collect_rollout(policy, ref_model, tokenizer, state.rng.choices(prompts, k=config.batch_size), reward_fn, priced, state.generator)
         except ValueError as error: raise ValueError(f"train_rlhf: at update {update}: {error}") from error
@@ -437,11 +451,15 @@ def train_rlhf(
         for callback in callbacks: stats |= callback(update, rollout, stats) or {}
         if not stats["kl"] <= config.max_kl:
             warnings.warn(f"train_rlhf: stopped before update {update}: the divergence is {stats['kl']:.1f} nats a response, max_kl is {config.max_kl}. What the reward says of "
-                          "responses so far from the reference is not to be trusted; raise kl_coef, lower learning_rate, or take a policy from a lower divergence (KLSnapshots)", stacklevel=2)
+                          f"responses so far from the reference is not to be trusted; raise kl_coef, lower learning_rate, or take a policy from a lower divergence (KLSnapshots){elsewhere}", stacklevel=2)
+            if folder is not None and len(state.history) % checkpoint_every:
+                state.rng.setstate(draws[0]), state.generator.set_state(draws[1]) # as they were before the rollout that counts no more
+                save_checkpoint(state, folder)
             break
         stats |= update_policy(policy, state.optimizer, rollout, priced, state.shuffler)
         if not math.isfinite(stats["grad_norm"]):
-            raise FloatingPointError(f"train_rlhf: the gradient is {stats['grad_norm']} at update {update}; lower learning_rate or value_learning_rate, and go on from the last checkpoint")
+            raise FloatingPointError(f"train_rlhf: the gradient is {stats['grad_norm']} at update {update}, and the policy's weights are spoilt; "
+                                     f"begin anew with the untuned policy and a lower learning_rate or value_learning_rate{elsewhere}")
         state.schedule.step()
         if config.target_kl is not None:
             state.kl_coef = adapt_kl_coef(state.kl_coef, stats["kl"], config.target_kl, config.batch_size, config.kl_horizon)
@@ -467,4 +485,4 @@ def center_rewards(
     ended = sample.ended.cpu() if sample.ended.any() else torch.ones(len(prompts), dtype=torch.bool)
     scores = score_rollout(reward_fn, list(prompts), responses, torch.ones_like(ended), config.missing_end_score)
     offset = float(scores[ended].mean())
-    return lambda prompts, responses: reward_fn(prompts, responses) - offset
+    return lambda prompts, responses: torch.as_tensor(reward_fn(prompts, responses), dtype=torch.float32) - offset

@@ -19,7 +19,10 @@ from .rlhf import PolicyWithValue, Rollout
 
 # %% ../nbs/06c_rlhf_lab.ipynb #fbb4bb01
 class KLSnapshots:
-    "The weights and some texts of a policy at given divergences; a callback for `train_rlhf`."
+    """The weights and some texts of a policy at given divergences; a callback for `train_rlhf`.
+
+    It lives in memory only: the checkpoints of `train_rlhf` do not hold it, and a training that goes on after an interruption keeps what it reaches from there.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,9 @@ def draw_dashboard(
     title: str = "The healthy band is grey", # what the dashboard shows
 ) -> Figure: # nine panels over the updates
     "Every statistic of one run or several, with its healthy band; beside the reward the true one, where a callback kept it as `true_score`."
+    if not len(histories) or not all(len(history) for history in histories):
+        raise bad_argument("draw_dashboard", "histories", "histories with at least one row each", f"{len(histories)} with {[len(history) for history in histories]} rows",
+                           "hand over what train_rlhf returned, in a list")
     with rc_context(STYLE):
         fig = LessonFigure(figsize=(8.4, 6.0), layout="constrained")
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
