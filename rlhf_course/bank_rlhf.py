@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .bank_ppo import digits_lost
 from .checks import Call, Exercise, call
 
 # %% ../nbs/93b_bank_rlhf.ipynb #59b6b3c2
@@ -27,7 +28,9 @@ def _lengths_mask(n_rows: int, *lengths: int) -> Tensor:
 def _chosen_probes() -> list[Call]:
     "Several shapes, lengths and temperatures, and logits so large that a softmax underflows."
     ids = torch.tensor([[0, 3, 1, 6], [5, 5, 0, 2], [4, 1, 2, 2]])
-    return [call(_random(3, 4, 7, seed=0), ids, _lengths_mask(4, 4, 2, 3), 0.7), call(_random(3, 4, 7, seed=1), ids, _lengths_mask(4, 1, 4, 2)),
+    mask = _lengths_mask(4, 1, 4, 2)
+    spoilt = _random(3, 4, 7, seed=1).where(mask.T[..., None], torch.tensor([math.nan, math.nan, math.inf])[:, None, None])
+    return [call(_random(3, 4, 7, seed=0), ids, _lengths_mask(4, 4, 2, 3), 0.7), call(spoilt, ids, mask),
             call(_random(1, 2, 3, seed=2), torch.tensor([[2, 0]]), _lengths_mask(2, 2), 2.0),
             call(_random(3, 4, 7, seed=3), ids, _lengths_mask(4, 3, 3, 1), 1.3),
             call(_random(3, 4, 7, seed=4, scale=300.0), ids, _lengths_mask(4, 2, 4, 4), 0.5)]
@@ -53,40 +56,49 @@ def _cut_off(logits, k):
     return logits.masked_fill(logits < logits.topk(k, -1).values[..., -1:], -math.inf).log_softmax(-1)
 
 
+def _quiet_padding(wrong):
+    "A wrong answer that puts zeros into the logits of the padding before anything else."
+    return lambda logits, ids, mask, temperature=1.0: wrong(logits.masked_fill(~mask.T[..., None], 0.0), ids, mask, temperature)
+
+
 _CHOSEN_LOGPROBS = Exercise("rlhf_course.rlhf:chosen_logprobs", _chosen_probes, (
     ("You ignored the temperature: the sampler divided the logits by it, so divide them before they are normalised.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy(logits.log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy(logits.log_softmax(-1))))),
     ("You multiplied by the temperature: the logits are divided by it.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits * temperature).log_softmax(-1), ids), _entropy((logits * temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits * temperature).log_softmax(-1), ids), _entropy((logits * temperature).log_softmax(-1))))),
     ("You divided the log-probabilities by the temperature: divide the logits, and normalise after that.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1) / temperature, ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1) / temperature, ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("Your entropy is that of the model at temperature 1: it is the distribution that was sampled from that counts.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy(logits.log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy(logits.log_softmax(-1))))),
     ("You shifted by one: here logits[:, t] is already the state in which token t was chosen.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 1, 0)),
-                                                      _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 1, 0)),
+                                                      _entropy((logits / temperature).log_softmax(-1))))),
     ("You counted the padding: both results are 0 where the mask is False.",
      lambda logits, ids, mask, temperature=1.0: (_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
     ("You masked the log-probabilities and forgot the entropy: it is 0 in the padding too.",
      lambda logits, ids, mask, temperature=1.0: (_of_chosen((logits / temperature).log_softmax(-1), ids).where(mask, 0.0), _entropy((logits / temperature).log_softmax(-1)))),
     ("Your result is batch first: transpose it, so that time comes first, as in compute_gae.",
-     lambda logits, ids, mask, temperature=1.0: tuple(x.T for x in _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: tuple(x.T for x in _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))))),
     ("The sign of your entropy is wrong: it is minus the sum of p log p, and never negative.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), -_entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), -_entropy((logits / temperature).log_softmax(-1))))),
     ("Your entropy is the surprise at the chosen token: the entropy is its mean over the vocabulary, whatever was chosen.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, (lp := _of_chosen((logits / temperature).log_softmax(-1), ids)), -lp)),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, (lp := _of_chosen((logits / temperature).log_softmax(-1), ids)), -lp))),
     ("Your entropy is in bits: natural logarithms are wanted, nats.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / math.log(2))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / math.log(2)))),
     ("You returned the probabilities of the tokens: the logarithm is missing.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("You cut off the tail (top-k) before you normalised: we sample from all tokens, so all of them share the probability.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(_cut_off(logits / temperature, 2), ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(_cut_off(logits / temperature, 2), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("You took the logarithm of a softmax: where the softmax underflows to 0 it is -inf. Use log_softmax.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1).log(), ids), _entropy((logits / temperature).softmax(-1).log()))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1).log(), ids), _entropy((logits / temperature).softmax(-1).log())))),
     ("You turned the sign round: that is the loss of each token, and its log-probability is asked for.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, -_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, -_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("The two results are the wrong way round: first log-probabilities, then entropies.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))[::-1]),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))[::-1])),
+    ("You multiplied by the mask: NaN or infinity in the padding times 0 is NaN. Put zeros into the logits there before the maths, and choose with torch.where.",
+     lambda logits, ids, mask, temperature=1.0: tuple(mask * x for x in (_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("You masked after the maths: your numbers are right, but where the padding holds NaN the gradient is 0 times NaN. Put zeros into the logits there first.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
 ), gradients=True)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #289e9605
@@ -148,47 +160,60 @@ def _shape_probes() -> list[Call]:
 
 
 def _priced(lp, ref, mask, price, estimator="k1"):
-    "Minus the price of each token. Refuses a column without tokens."
-    if not mask.any(0).all(): raise ValueError("no tokens")
+    "Minus the price of each token."
     return -price * _estimate(_log_ratio(lp, ref, mask), estimator)
 
 
 def _added(rewards, scores, rows):
-    "The rewards with the score of each column added at one of its rows."
-    return rewards + scores * (torch.arange(len(rewards))[:, None] == rows)
+    "The rewards with the score of each column added at one of its rows; -1 is the last one, as in an index."
+    return rewards + scores * (torch.arange(len(rewards))[:, None] == rows.where(rows >= 0, rows + len(rewards)))
+
+
+def _with_and_without_refusal(mistakes):
+    "Each wrong answer twice: it may also have let a response without tokens pass."
+    def refusing(wrong):
+        def refuses(s, lp, ref, mask, *, kl_coef, estimator="k1"):
+            if not mask.any(0).all(): raise ValueError("no tokens")
+            return wrong(s, lp, ref, mask, kl_coef=kl_coef, estimator=estimator)
+        return refuses
+    return [(mistake, version) for mistake, wrong in mistakes for version in (refusing(wrong), wrong)]
 
 
 _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
-    ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
-    ("You gave the score to every token: a response is judged once, at its last token.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask),
-    ("You spread the score over the tokens: the whole of it belongs to the last one.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask / mask.sum(0).clamp(min=1)),
-    ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.full_like(mask.sum(0), len(mask) - 1))),
-    ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
-    ("You put the score one row too early: the end token counts, and the score belongs to it.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 2).clamp(min=0))),
-    ("You put the score at the first token: it is known when the response is complete, at the last one.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.zeros_like(mask.sum(0)))),
-    ("You charged for the padding: the reward is 0 where the mask is False.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, torch.ones_like(mask) if mask.any(0).all() else mask, kl_coef, estimator), s, mask.sum(0) - 1)),
-    ("You overwrote the last token's price with the score: the score is added to it.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator).scatter(0, (mask.sum(0) - 1)[None], s[None])),
-    ("You charged the whole response at its last token: each token pays for itself.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s + _priced(lp, ref, mask, kl_coef, estimator).sum(0), mask.sum(0) - 1)),
-    ("You multiplied the score by kl_coef too: the price belongs to the divergence alone.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), kl_coef * s, mask.sum(0) - 1)),
-    ("You divided the price by the number of tokens: the penalty is for the whole response, so the tokens' prices add up.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator) / mask.sum(0).clamp(min=1), s, mask.sum(0) - 1)),
-    ("You forgot the price: kl_coef times the divergence is subtracted.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, 1.0, estimator), s, mask.sum(0) - 1)),
-    ("You always took k1: hand the estimator on to token_kl.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
-    ("You let a response without tokens pass: its score would land on another row. Raise a ValueError.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-kl_coef * _estimate(_log_ratio(lp, ref, mask), estimator), s, (mask.sum(0) - 1).clamp(min=0))),
+    *_with_and_without_refusal((
+        ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+        ("You gave the score to every token: a response is judged once, at its last token.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask),
+        ("You spread the score over the tokens: the whole of it belongs to the last one.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask / mask.sum(0).clamp(min=1)),
+        ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.full_like(mask.sum(0), len(mask) - 1))),
+        ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+        ("You put the score one row too early: the end token counts, and the score belongs to it.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 2).clamp(min=0))),
+        ("You put the score at the first token: it is known when the response is complete, at the last one.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.zeros_like(mask.sum(0)))),
+        ("You charged for the padding: the reward is 0 where the mask is False.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, torch.ones_like(mask), kl_coef, estimator), s, mask.sum(0) - 1)),
+        ("You overwrote the last token's price with the score: the score is added to it.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator).scatter(0, (mask.sum(0) - 1).remainder(len(mask))[None], s[None])),
+        ("You charged the whole response at its last token: each token pays for itself.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s + _priced(lp, ref, mask, kl_coef, estimator).sum(0), mask.sum(0) - 1)),
+        ("You multiplied the score by kl_coef too: the price belongs to the divergence alone.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), kl_coef * s, mask.sum(0) - 1)),
+        ("You divided the price by the number of tokens: the penalty is for the whole response, so the tokens' prices add up.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator) / mask.sum(0).clamp(min=1), s, mask.sum(0) - 1)),
+        ("You forgot the price: kl_coef times the divergence is subtracted.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, 1.0, estimator), s, mask.sum(0) - 1)),
+        ("You always took k1: hand the estimator on to token_kl.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
+    )),
+    *(("You let a response without tokens pass: its score would land on another row. Raise a ValueError.", wrong) for wrong in (
+        lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 1).clamp(min=0)),
+        lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1),
+        lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s * mask.any(0), mask.sum(0) - 1))),
 ))
 
 # %% ../nbs/93b_bank_rlhf.ipynb #27bcc399
@@ -428,31 +453,56 @@ def _gao_fit_probes() -> list[Call]:
 
 def _solved(gains, *columns):
     "The coefficients of the columns by least squares, as floats."
-    return tuple(torch.linalg.lstsq(torch.stack(columns, 1).double(), gains.double()[:, None]).solution[:, 0].tolist())
+    return tuple(torch.linalg.lstsq(torch.stack(columns, 1), gains[:, None]).solution[:, 0].tolist())
+
+
+def _law(d, gains):
+    "The right answer, in the precision of its arguments."
+    return _solved(gains, d, -torch.xlogy(d, d))
+
+
+def _unless_zero(d, gains):
+    "As torch does with a nan in the columns: most builds raise, some return nan."
+    if not (d > 0).all(): raise RuntimeError("torch.linalg.lstsq: illegal value")
+    return _law(d, gains)
+
+
+def _with_precision(found, distances, gains):
+    "The coefficients, and whether they have the digits of double precision."
+    return (*found, "single precision" if digits_lost(found, _law(distances.double(), gains.double())) else "double precision")
+
+
+def _in_double(wrong):
+    "A wrong answer in double precision."
+    return lambda distances, gains: wrong(distances.double(), gains.double())
 
 
 _GAO_FIT = Exercise("rlhf_course.overoptimization:gao_fit", _gao_fit_probes, (
     ("You have the sign of beta wrong: the law subtracts beta d log d, so the second column is -d log d.",
-     lambda d, gains: _solved(gains, d, torch.xlogy(d, d))),
+     _in_double(lambda d, gains: _solved(gains, d, torch.xlogy(d, d)))),
     ("You fitted an intercept as well: at distance 0 nothing is gained, so there is none.",
-     lambda d, gains: _solved(gains, torch.ones_like(d), d, -torch.xlogy(d, d))[1:]),
+     _in_double(lambda d, gains: _solved(gains, torch.ones_like(d), d, -torch.xlogy(d, d))[1:])),
     ("You used the logarithm to base 10: the natural one is wanted.",
-     lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / 2.302585092994046)),
+     _in_double(lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / 2.302585092994046))),
     ("You took the logarithm of the divergence, d squared: the distance d itself stands under it.",
-     lambda d, gains: _solved(gains, d, -2 * torch.xlogy(d, d))),
+     _in_double(lambda d, gains: _solved(gains, d, -2 * torch.xlogy(d, d)))),
     ("You left out the d before the logarithm: the second column is -d log d.",
-     lambda d, gains: _solved(gains, d, -torch.where(d > 0, d.clamp(min=1e-30).log(), 0.0))),
-    ("At distance 0 your column is nan: the limit of d log d is 0, which torch.xlogy gives.",
-     lambda d, gains: _solved(gains, d, -d * d.log()) if (d > 0).all() else (float("nan"), float("nan"))),
+     _in_double(lambda d, gains: _solved(gains, d, -torch.where(d > 0, d.clamp(min=1e-30).log(), 0.0)))),
+    *(("At distance 0 your column is nan: the limit of d log d is 0, which torch.xlogy gives.", wrong) for wrong in (
+        _in_double(lambda d, gains: _law(d, gains) if (d > 0).all() else (math.nan, math.nan)), _in_double(lambda d, gains: _unless_zero(d, gains)))),
     ("You returned beta first: alpha, then beta.",
-     lambda d, gains: _solved(gains, -torch.xlogy(d, d), d)),
+     _in_double(lambda d, gains: _solved(gains, -torch.xlogy(d, d), d))),
     ("You fitted d (alpha - beta d), which is the form for best-of-n: reinforcement learning has a logarithm.",
-     lambda d, gains: _solved(gains, d, -(d**2))),
+     _in_double(lambda d, gains: _solved(gains, d, -(d**2)))),
     ("You divided the gains by d before the fit, which counts errors near 0 for more: minimise the squares of the gains' own errors.",
-     lambda d, gains: _solved((gains / d)[d > 0], torch.ones_like(d[d > 0]), -d[d > 0].log())),
+     _in_double(lambda d, gains: _solved((gains / d)[d > 0], torch.ones_like(d[d > 0]), -d[d > 0].log()))),
     ("You used d squared, the divergence itself, in both columns: the law is in d, its square root.",
-     lambda d, gains: _solved(gains, d**2, -torch.xlogy(d**2, d**2))),
-))
+     _in_double(lambda d, gains: _solved(gains, d**2, -torch.xlogy(d**2, d**2)))),
+    *(("You worked in single precision, which loses digits: convert both arguments with .double() before the first product or logarithm.", wrong) for wrong in (
+        _law, lambda d, gains: _solved(gains.double(), d.double(), -torch.xlogy(d, d).double()))),
+    *(("At distance 0 your column is nan, and you worked in single precision: take torch.xlogy, of distances in float64.", wrong) for wrong in (
+        lambda d, gains: _law(d, gains) if (d > 0).all() else (math.nan, math.nan), lambda d, gains: _unless_zero(d, gains))),
+), relevant=_with_precision)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #6d4fde19
 def _conservative_scores_probes() -> list[Call]:
