@@ -38,7 +38,7 @@ def _counted(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _up(x: Tensor, last: Tensor | float = 0) -> Tensor:
     "Each row holds the one below; the last one `last`."
-    return torch.cat([x[1:], torch.zeros_like(x[:1]) + last])
+    return torch.cat([x[1:], (torch.zeros_like(x[:1]) + last).to(x.dtype)])
 
 
 def _flags(*shape: int, seed: int, share: float) -> Tensor:
@@ -184,15 +184,15 @@ def _real_steps_probes() -> list[Call]:
 
 
 _REAL_STEPS = Exercise("rlhf_course.policy_gradient:real_steps", _real_steps_probes, (
-    ("You masked the step that ends the episode: that one is real, the step after it is not.",
-     lambda done, done_before: ~done),
+    *(("You masked the step that ends the episode: that one is real, the step after it is not.", wrong) for wrong in (
+        lambda done, done_before: ~done, lambda done, done_before: ~torch.cat([done_before[None], done[1:]]))),
     ("You have it the wrong way round: True marks the steps that count.",
      lambda done, done_before: torch.cat([done_before[None], done[:-1]])),
     ("You forgot the step before the first row: if it was done, the first row only resets.",
      lambda done, done_before: ~torch.cat([torch.zeros_like(done[:1]), done[:-1]])),
     ("You took the last row for the one before the first, as torch.roll does: that is done_before.",
      lambda done, done_before: ~done.roll(1, 0)),
-    *((("You masked the step before the end: the step that only resets comes after the end, so look at the row above, not at the row below."), wrong) for wrong in (
+    *(("You masked the step before the end: the step that only resets comes after the end, so look at the row above, not at the row below.", wrong) for wrong in (
         lambda done, done_before: ~_up(done), lambda done, done_before: ~torch.cat([done[1:], done_before[None]]),
         lambda done, done_before: ~done.roll(-1, 0), lambda done, done_before: ~torch.cat([done[1:], done[-1:]]))),
     ("You masked the end too: only the step after it is not real.",
@@ -384,6 +384,11 @@ def _explained(values, returns, mask=None, part=lambda v, r, m: masked_variance(
     return torch.where(total > 0, share(part(values, returns, mask), total), otherwise)
 
 
+def _huge_as_infinite(share: Tensor, *_: Tensor) -> Tensor:
+    "A share that was divided by a variance of 0, or by that plus a small number."
+    return torch.where(share < -1e4, -torch.inf, share)
+
+
 _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
     ("You took the mean squared error: a constant error costs nothing here, so take the variance of the errors.",
      lambda *a: _explained(*a, part=lambda v, r, m: masked_mean((r - v) ** 2, m))),
@@ -397,7 +402,7 @@ _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
     ("You clipped it at 0: predictions that do harm have a negative share.",
      lambda *a: _explained(*a, share=lambda part, whole: (1 - part / whole).clamp(min=0))),
     ("Where the returns do not vary the result is NaN: there is nothing to explain.", lambda *a: _explained(*a, otherwise=0.0)),
-    ("You divided by 0 where the returns do not vary, which gives an infinity: the result is NaN there, there is nothing to explain.",
+    ("You divided by 0 or nearly 0 where the returns do not vary, which gives an infinite or a huge number: the result is NaN there, there is nothing to explain.",
      lambda *a: _explained(*a, otherwise=-torch.inf)),
     *(("You put zeros at masked steps and counted them: the variances are those of the steps that count, as masked_variance takes them.", wrong) for wrong in (
         lambda *a: _explained(*a, part=lambda v, r, m: (r - v).var(), whole=lambda v, r, m: r.var()),
@@ -408,7 +413,7 @@ _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
      lambda values, returns, mask=None: (lambda v, r: torch.where(r.var() > 0, ((v - v.mean()) * (r - r.mean())).sum() / (
          (len(r) - 1) * v.std() * r.std()), torch.nan))(*(x.flatten() if mask is None else x[mask] for x in (values, returns)))),
     ("The mask is not used: what stands at masked steps must not be read.", lambda values, returns, mask=None: _explained(values, returns)),
-))
+), relevant=_huge_as_infinite)
 
 # %% ../nbs/93a_bank_ppo.ipynb #fa60464c
 def _gaussian_probes() -> list[Call]:
@@ -504,6 +509,8 @@ _MOMENTS = Exercise("rlhf_course.ppo:combine_moments", _moments_probes, (
      lambda *a: (lambda m, v, n: (m, np.sqrt(v), n))(*_moments(*a))),
     ("You took one mean and one variance over all of the batch: each column has its own, so take them with axis=0.",
      lambda *a: _moments(*a, axis=None)),
+    ("You took one mean and one variance over all of the batch: each column has its own, so take them with axis=0, and count rows.",
+     lambda m, v, n, batch: _moments(m, v, n, np.ravel(batch))),
     ("You took the moments over the last axis: the first one holds the numbers, axis=0.", lambda *a: _moments(*a, axis=-1)),
     *(("You worked in single precision, which loses digits: make the batch float64 first, with np.asarray(batch, dtype=np.float64).", wrong) for wrong in (
         lambda *a: _moments(*a, dtype=None), lambda *a: _moments(*a, dtype=np.float32),
@@ -630,7 +637,7 @@ def _minibatch_probes() -> list[Call]:
 
 
 class _MinibatchFacts:
-    "Sizes, the sorted rows, whether and how they are in order, and whether the seed decides: for that, the orders of the probes before are kept."
+    "Sizes, whether each row is there once, whether and how they are in order, and whether the seed decides: for that, the orders of the probes before are kept."
 
     def __call__(self, parts: list[Tensor], n_rows: int, n_minibatches: int, seed: int) -> dict:
         parts = [torch.as_tensor(part) for part in parts]
@@ -640,7 +647,8 @@ class _MinibatchFacts:
         same = [torch.equal(order, rows) for size, other, order in self.orders if size == n_rows and other == seed]
         changed = [not torch.equal(order, rows) for size, other, order in self.orders if size == n_rows and other != seed]
         self.orders.append((n_rows, seed, rows))
-        return {"sizes": [len(part) for part in parts], "rows": rows.sort().values, "all in order": bool((rows.diff() > 0).all()),
+        return {"sizes": [len(part) for part in parts], "type of the row numbers": str(rows.dtype), "no row twice": len(rows.unique()) == len(rows),
+                "every row there": bool(torch.isin(torch.arange(n_rows), rows).all()), "no other row": bool(((rows >= 0) & (rows < n_rows)).all()), "all in order": bool((rows.diff() > 0).all()),
                 "all in reverse order": bool((rows.diff() < 0).all()), "each part in order": all(bool((part.diff() > 0).all()) for part in parts),
                 "parts whose rows are neighbours": sum(len(part) > 2 and bool((part.sort().values.diff() == 1).all()) for part in parts) if len(parts) > 1 else 0,
                 "same order when called again": all(same), "another order for another seed": all(changed)}

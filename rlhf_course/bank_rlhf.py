@@ -179,6 +179,19 @@ def _with_and_without_refusal(mistakes):
     return [(mistake, version) for mistake, wrong in mistakes for version in (refusing(wrong), wrong)]
 
 
+def _out_of_range(error, mask):
+    "What an index does that is the number of tokens, where a column is full."
+    if mask.all(0).any(): raise error("index is out of bounds")
+
+
+def _raising(error):
+    "The right answer, with another error for a column without tokens."
+    def wrong(s, lp, ref, mask, *, kl_coef, estimator="k1"):
+        if not mask.any(0).all(): raise error("no tokens")
+        return _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)
+    return wrong
+
+
 _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
     *_with_and_without_refusal((
         ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
@@ -189,8 +202,14 @@ _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask / mask.sum(0).clamp(min=1)),
         ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.full_like(mask.sum(0), len(mask) - 1))),
+        ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask * (torch.arange(len(mask)) == len(mask) - 1)[:, None]),
         ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+        ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _out_of_range(RuntimeError, mask) or _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+        ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _out_of_range(IndexError, mask) or _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
         ("You put the score one row too early: the end token counts, and the score belongs to it.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 2).clamp(min=0))),
         ("You put the score at the first token: it is known when the response is complete, at the last one.",
@@ -214,6 +233,8 @@ _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 1).clamp(min=0)),
         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1),
         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s * mask.any(0), mask.sum(0) - 1))),
+    *(("A response without tokens ends in an error of another kind, whose message would not say what is wrong: test for it at the top, and raise a ValueError.",
+       _raising(error)) for error in (RuntimeError, IndexError, AssertionError, TypeError)),
 ))
 
 # %% ../nbs/93b_bank_rlhf.ipynb #27bcc399
