@@ -8,6 +8,7 @@ __all__ = ['PPO_EXERCISES', 'digits_lost']
 # %% ../nbs/93a_bank_ppo.ipynb #99b0e19d
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -61,33 +62,55 @@ def _returns_probes() -> list[Call]:
             call(_noise(1, 2, seed=7), torch.tensor([[True, False]]), gamma=0.5)]
 
 
+def _with_masks(mistake: str, parts: Callable) -> list[tuple[str, Callable]]:
+    "A mistake with the mask used as it should be, on the rewards only, and not at all. `parts` gives the terms and the factors of the sum."
+    return [(mistake, lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, *parts(r, done, gamma)))),
+            (mistake, lambda r, done, mask=None, *, gamma=0.99: (lambda terms, carry: _trace(*_counted(mask, terms), carry))(*parts(r, done, gamma))),
+            (mistake, lambda r, done, mask=None, *, gamma=0.99: _trace(*parts(r, done, gamma)))]
+
+
+def _trace_over_gaps(terms: Tensor, carry: Tensor, mask: Tensor | None) -> Tensor:
+    "As `_trace`, but masked rows are passed over: what lies behind them is handed on."
+    result, following = torch.zeros_like(terms), torch.zeros_like(terms[0])
+    for t in reversed(range(len(terms))):
+        counts = torch.ones_like(following, dtype=torch.bool) if mask is None else mask[t]
+        following = torch.where(counts, terms[t] + carry[t] * following, following)
+        result[t] = torch.where(counts, following, 0)
+    return result
+
+
 _DISCOUNTED_RETURNS = Exercise("rlhf_course.policy_gradient:discounted_returns", _returns_probes, (
-    ("You lost gamma: what comes a step later is worth gamma times as much.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, _goes_on(done, r)))),
-    ("You do not cut at the end of an episode: rewards of the next one leak into it; G_{t+1} counts as 0 where step t is done.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, torch.full_like(r, gamma)))),
-    ("You cut one step too early: done[t] says that step t was the last one, so its own reward still belongs to step t - 1.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(_up(done), r)))),
-    ("You cut one step too late: done[t], not done[t - 1], says whether anything after step t belongs to its episode.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(torch.cat([torch.zeros_like(done[:1]), done[:-1]]), r)))),
-    ("You cut one step too late: done[t], not done[t - 1], says whether anything after step t belongs to its episode.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done.roll(1, 0), r)))),  # done[-1] in the first row
-    ("You have the test the wrong way round: the return is carried on where the episode is not done.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(~done, r)))),
+    *_with_masks("You lost gamma: what comes a step later is worth gamma times as much.", lambda r, done, gamma: (r, _goes_on(done, r))),
+    *_with_masks("You do not cut at the end of an episode: rewards of the next one leak into it; G_{t+1} counts as 0 where step t is done.",
+                 lambda r, done, gamma: (r, torch.full_like(r, gamma))),
+    *_with_masks("You cut one step too early: done[t] says that step t was the last one, so its own reward still belongs to step t - 1.",
+                 lambda r, done, gamma: (r, gamma * _goes_on(_up(done), r))),
+    *_with_masks("You cut one step too late: done[t], not done[t - 1], says whether anything after step t belongs to its episode.",
+                 lambda r, done, gamma: (r, gamma * _goes_on(torch.cat([torch.zeros_like(done[:1]), done[:-1]]), r))),
+    *_with_masks("You cut one step too late: done[t], not done[t - 1], says whether anything after step t belongs to its episode.",
+                 lambda r, done, gamma: (r, gamma * _goes_on(done.roll(1, 0), r))),  # done[-1] in the first row
+    *_with_masks("You have the test the wrong way round: the return is carried on where the episode is not done.",
+                 lambda r, done, gamma: (r, gamma * _goes_on(~done, r))),
+    *_with_masks("You put 0 where an episode ends: its last step has its own reward, only what comes after it is left out.",
+                 lambda r, done, gamma: (r * _goes_on(done, r), gamma * _goes_on(done, r))),
+    *_with_masks("You discounted the reward of the step itself: gamma multiplies G_{t+1} alone.", lambda r, done, gamma: (gamma * r, gamma * _goes_on(done, r))),
     ("You summed from the front: the return of a step is about what comes after it, so go from the last row to the first.",
      lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done, r)), forward=True)),
+    ("You discounted from the first row on: gamma's power is the number of steps from the step whose return it is.",
+     lambda r, done, mask=None, *, gamma=0.99: (_counted(mask, r)[0] * (gamma ** torch.arange(len(r), dtype=r.dtype))[:, None]).flip(0).cumsum(0).flip(0)),
     ("You left out the reward of the step itself: G_t begins with r_t, undiscounted.",
      lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r, gamma * _goes_on(done, r))) - r)[0]),
-    ("You discounted the reward of the step itself: gamma multiplies G_{t+1} alone.",
-     lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, gamma * r, gamma * _goes_on(done, r)))),
     ("You took the return of the first row for all rows: each step has its own, from itself on.",
      lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r, gamma * _goes_on(done, r)))[:1].expand_as(r).clone()),
     ("You did not use the mask: a masked step has return 0 and hands nothing on.",
      lambda r, done, mask=None, *, gamma=0.99: _trace(r, gamma * _goes_on(done, r))),
     ("You multiplied by the mask: 0 times NaN is NaN; choose with torch.where, as zero_masked does.",
      lambda r, done, mask=None, *, gamma=0.99: _trace(r * (1 if mask is None else mask), gamma * _goes_on(done, r) * (1 if mask is None else mask))),
-    ("You took the rewards of masked steps out, but still carry returns across them: their factor must be 0 too.",
-     lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r), gamma * _goes_on(done, r)))[0]),
+    *(("You took the rewards of masked steps out, but still carry returns across them: their factor must be 0 too.", wrong) for wrong in (
+        lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(*_counted(mask, r), gamma * _goes_on(done, r)))[0],
+        lambda r, done, mask=None, *, gamma=0.99: _trace(*_counted(mask, r), gamma * _goes_on(done, r)))),
+    ("You passed over masked steps and went on with what lies behind them: a masked step hands on nothing, as if the data ended before it.",
+     lambda r, done, mask=None, *, gamma=0.99: _trace_over_gaps(r, gamma * _goes_on(done, r), mask)),
     ("You took masked steps out of the result only: they must not hand anything on to the step before either.",
      lambda r, done, mask=None, *, gamma=0.99: _counted(mask, _trace(r, gamma * _goes_on(done, r)))[0]),
 ))
@@ -152,6 +175,20 @@ _COMPUTE_GAE = Exercise("rlhf_course.policy_gradient:compute_gae", _gae_probes, 
     ("You left out the one-step error's baseline: V of the step itself is subtracted.",
      lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
          lambda a, _: (a, a + _counted(mask, v)[0]))(*_gae(r, torch.zeros_like(v), nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You looked at the done flag of the row above: done[t] itself says whether the trace is cut after step t.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, done.roll(1, 0), mask, gamma * gae_lambda, gamma)),
+    ("You normalised the advantages: that is for the update to do; the returns are made of the plain ones.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a, ret: ((a - a.mean()) / (a.std() + 1e-8), ret))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma))),
+    ("You normalised the advantages: that is for the update to do; the returns are made of the plain ones.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (
+         lambda a: (a, a + _counted(mask, v)[0]))((lambda a, _: (a - a.mean()) / (a.std() + 1e-8))(*_gae(r, v, nv, term, done, mask, gamma * gae_lambda, gamma)))),
+    ("You took the errors of masked steps out, but still carry advantages across them: their factor must be 0 too.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (lambda a, values: (a, a + values))(
+         *_counted(mask, _trace(*_counted(mask, r + gamma * torch.where(term, 0, nv) - v), gamma * gae_lambda * _goes_on(done, r)), v))),
+    ("You passed over masked steps and went on with what lies behind them: a masked step hands on nothing, as if the data ended before it.",
+     lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: (lambda a, values: (a, a + values))(
+         _trace_over_gaps(r + gamma * torch.where(term, 0, nv) - v, gamma * gae_lambda * _goes_on(done, r), mask), *_counted(mask, v))),
     ("You looked at the done flag of the row below: done[t] itself says whether the trace is cut after step t.",
      lambda r, v, nv, term, done, mask=None, *, gamma=0.99, gae_lambda=0.95: _gae(r, v, nv, term, _up(done), mask, gamma * gae_lambda, gamma)),
     ("You went from the first row to the last: an advantage gathers what comes after, so begin at the last row.",
@@ -223,6 +260,8 @@ def _moved_up(values: Tensor, last_values: Tensor, done: Tensor, final_values: T
 _FOLLOWING_VALUES = Exercise("rlhf_course.policy_gradient:following_values", _following_probes, (
     ("You let the last row wrap round to the first, as torch.roll does: after the last step comes last_values.",
      lambda v, last, done, final=None: _moved_up(v, v[0], done, final)),
+    ("You put 0 behind the last row: after the last step comes last_values.", lambda v, last, done, final=None: _moved_up(v, 0 * last, done, final)),
+    ("You repeated the last row: after the last step comes last_values.", lambda v, last, done, final=None: _moved_up(v, v[-1], done, final)),
     ("You moved the rows the wrong way: after step t comes row t + 1.",
      lambda v, last, done, final=None: torch.cat([last[None], v[:-1]]) if final is None else torch.where(done, final, torch.cat([last[None], v[:-1]]))),
     ("You did not use the final values: in same-step mode the next row at an end is already the next episode.",
@@ -287,6 +326,21 @@ _SURROGATE = Exercise("rlhf_course.ppo:clipped_surrogate_loss", _surrogate_probe
      lambda *a, **k: _surrogate(*a, **k, choose=lambda plain, clipped: clipped)),
     ("Nothing is clipped: multiply the ratio clamped to [1 - clip_coef, 1 + clip_coef] too, and take the minimum.",
      lambda *a, **k: _surrogate(*a, **k, choose=lambda plain, clipped: plain)),
+    ("You clipped from above only: the ratio is clamped to [1 - clip_coef, 1 + clip_coef], for negative advantages the lower end matters.",
+     lambda *a, **k: _surrogate(*a, **k, clip=lambda ratio, c: ratio.clamp(max=1 + c))),
+    ("You clipped the product of ratio and advantage: the ratio alone is clamped, and then multiplied.",
+     lambda logprobs, old, advantages, mask=None, clip_coef=0.2: (lambda n, o, a: -masked_mean(torch.minimum((n - o).exp() * a, ((n - o).exp() * a).clamp(
+         1 - clip_coef, 1 + clip_coef)), mask))(*zero_masked(mask, logprobs, old, advantages))),
+    ("You clipped the logarithm of the ratio: it is the ratio that is clamped to [1 - clip_coef, 1 + clip_coef].",
+     lambda *a, **k: _surrogate(*a, **k, clip=lambda ratio, c: ratio.log().clamp(-c, c).exp())),
+    ("You took the minimum of the two means: it is taken at each step, and the mean after that.",
+     lambda logprobs, old, advantages, mask=None, clip_coef=0.2: -torch.minimum(*(-_surrogate(logprobs, old, advantages, mask, clip_coef, choose=choose) for choose in (
+         lambda plain, clipped: plain, lambda plain, clipped: clipped)))),
+    ("You normalised the advantages: that is for the update to do, here they are taken as they come.",
+     lambda logprobs, old, advantages, mask=None, clip_coef=0.2: (lambda a: _surrogate(logprobs, old, (a - a.mean()) / (a.std() + 1e-8), mask, clip_coef))(
+         *zero_masked(mask, advantages))),
+    ("Your loss is right, but no gradient reaches the new log-probabilities: leave out detach and no_grad around them.",
+     lambda logprobs, *a, **k: _surrogate(logprobs.detach(), *a, **k)),
     ("Your ratio is old over new: it is the exponential of the new log-probability minus the old one.",
      lambda *a, **k: _surrogate(*a, **k, ratio=lambda new, old: (old - new).exp())),
     ("You forgot the exponential: the ratio of two probabilities is the exponential of the difference of their logarithms.",
@@ -322,7 +376,7 @@ def _kl_probes() -> list[Call]:
     old, move = -torch.rand(6, generator=g) - 0.1, torch.tensor([-1.2, 0.8, 0.0, 0.3, -0.4, 1.1])
     mask = torch.tensor([True, False, True, True, False, True])
     junk = torch.where(mask, old + move, torch.inf).requires_grad_()  # for `_sound_gradient`
-    return [call(old + move, old), call(junk, old, mask), call(1e-4 * move, torch.zeros(6)),
+    return [call(old + move, old), call(junk, torch.where(mask, old, torch.nan), mask), call(1e-4 * move, torch.zeros(6)),
             call(torch.randn(2, 5, generator=g) - 2, torch.full((2, 5), -2.0)), call(old, old), call(old - 0.5 * move, old, ~mask)]
 
 
@@ -352,6 +406,9 @@ _APPROX_KL = Exercise("rlhf_course.ppo:approx_kl", _kl_probes, (
     ("This is k1, minus the log-ratio: right on average, but noisy and often negative.", lambda *a: _kl(*a, estimate=lambda x: -x)),
     ("This is the mean log-ratio, whose sign is that of neither divergence: k3 is (exp(x) - 1) - x.", lambda *a: _kl(*a, estimate=lambda x: x)),
     ("This is k2, half the squared log-ratio: it is biased for large moves.", lambda *a: _kl(*a, estimate=lambda x: x ** 2 / 2)),
+    ("This is the squared log-ratio, k2 without its half: k3 is (exp(x) - 1) - x.", lambda *a: _kl(*a, estimate=lambda x: x ** 2)),
+    ("You weighted by a probability: the actions were drawn with it already, so the plain mean is right.",
+     lambda logprobs, old, mask=None: (lambda new, old: masked_mean(old.exp() * (old - new), mask))(*zero_masked(mask, logprobs, old))),
     ("The log-ratio has the wrong sign: x is new minus old.", lambda *a: _kl(*a, estimate=lambda x: torch.expm1(-x) + x)),
     ("You left out the -1: where both policies agree the result must be 0.", lambda *a: _kl(*a, estimate=lambda x: x.exp() - x)),
     ("You left out the last term: (exp(x) - 1) - x.", lambda *a: _kl(*a, estimate=torch.expm1)),
@@ -384,6 +441,12 @@ def _explained(values, returns, mask=None, part=lambda v, r, m: masked_variance(
     return torch.where(total > 0, share(part(values, returns, mask), total), otherwise)
 
 
+def _correlation(values, returns, mask=None):
+    "Of values and returns, NaN where the returns do not vary."
+    v, r = (x.flatten() if mask is None else x[mask] for x in (values, returns))
+    return torch.where(r.var() > 0, ((v - v.mean()) * (r - r.mean())).sum() / ((len(r) - 1) * v.std() * r.std()), torch.nan)
+
+
 def _huge_as_infinite(share: Tensor, *_: Tensor) -> Tensor:
     "A share that was divided by a variance of 0, or by that plus a small number."
     return torch.where(share < -1e4, -torch.inf, share)
@@ -392,6 +455,11 @@ def _huge_as_infinite(share: Tensor, *_: Tensor) -> Tensor:
 _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
     ("You took the mean squared error: a constant error costs nothing here, so take the variance of the errors.",
      lambda *a: _explained(*a, part=lambda v, r, m: masked_mean((r - v) ** 2, m))),
+    ("You took the mean squared error: a constant error costs nothing here, so take the variance of the errors.",
+     lambda *a: _explained(*a, part=lambda v, r, m: masked_mean((r - v) ** 2, m), whole=lambda v, r, m: masked_mean((r - masked_mean(r, m)) ** 2, m))),
+    *(("You divided one variance by n and the other by n - 1: both in one way.", wrong) for wrong in (
+        lambda *a: _explained(*a, part=lambda v, r, m: masked_mean((r - v - masked_mean(r - v, m)) ** 2, m)),
+        lambda *a: _explained(*a, whole=lambda v, r, m: masked_mean((r - masked_mean(r, m)) ** 2, m)))),
     ("You divided by the variance of the values: it is the variance of the returns that is to be explained.",
      lambda *a: _explained(*a, whole=lambda v, r, m: masked_variance(v, m))),
     ("This is the share that is left unexplained: take it from 1.", lambda *a: _explained(*a, share=lambda part, whole: part / whole)),
@@ -401,7 +469,8 @@ _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
      lambda *a: _explained(*a, share=lambda part, whole: 1 - (part / whole).sqrt())),
     ("You clipped it at 0: predictions that do harm have a negative share.",
      lambda *a: _explained(*a, share=lambda part, whole: (1 - part / whole).clamp(min=0))),
-    ("Where the returns do not vary the result is NaN: there is nothing to explain.", lambda *a: _explained(*a, otherwise=0.0)),
+    *(("Where the returns do not vary the result is NaN: there is nothing to explain.", wrong) for wrong in (
+        lambda *a: _explained(*a, otherwise=0.0), lambda *a: _explained(*a, otherwise=1.0))),
     ("You divided by 0 or nearly 0 where the returns do not vary, which gives an infinite or a huge number: the result is NaN there, there is nothing to explain.",
      lambda *a: _explained(*a, otherwise=-torch.inf)),
     *(("You put zeros at masked steps and counted them: the variances are those of the steps that count, as masked_variance takes them.", wrong) for wrong in (
@@ -409,10 +478,10 @@ _EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
         lambda *a: _explained(*a, part=lambda v, r, m: (r - v).var(), whole=lambda v, r, m: r.var(), otherwise=-torch.inf))),
     ("You added the values to the returns: the errors are their difference.",
      lambda *a: _explained(*a, part=lambda v, r, m: masked_variance(r + v, m))),
-    ("This is the correlation, which forgives predictions of the wrong size: 1 minus the share that is left does not.",
-     lambda values, returns, mask=None: (lambda v, r: torch.where(r.var() > 0, ((v - v.mean()) * (r - r.mean())).sum() / (
-         (len(r) - 1) * v.std() * r.std()), torch.nan))(*(x.flatten() if mask is None else x[mask] for x in (values, returns)))),
-    ("The mask is not used: what stands at masked steps must not be read.", lambda values, returns, mask=None: _explained(values, returns)),
+    *(("This is the correlation, or its square, which forgives predictions of the wrong size: 1 minus the share that is left does not.", wrong) for wrong in (
+        lambda values, returns, mask=None: _correlation(values, returns, mask), lambda values, returns, mask=None: _correlation(values, returns, mask) ** 2)),
+    ("What stands at masked steps must not be read, and 0 times NaN is NaN: choose with the mask before the maths, as zero_masked does.",
+     lambda values, returns, mask=None: _explained(values, returns)),
 ), relevant=_huge_as_infinite)
 
 # %% ../nbs/93a_bank_ppo.ipynb #fa60464c
@@ -422,7 +491,7 @@ def _gaussian_probes() -> list[Call]:
     draw = lambda *shape: torch.randn(*shape, generator=g)
     return [call(draw(5, 3), draw(5, 3), torch.tensor([-1.0, 0.3, 0.8])), call(draw(4, 1), draw(4, 1), torch.tensor([0.5])),
             call(draw(2, 3, 2), draw(2, 3, 2), torch.tensor([-0.5, 0.2])), call(draw(4, 2), draw(4, 2), draw(4, 2)), call(draw(3), draw(3), torch.zeros(3)),
-            call(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([-2.0, 1.0]))]
+            call(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([-2.0, 3.0]))]
 
 
 def _normal(actions, mean, log_std, std=lambda s: s.exp(), exponent=lambda z: -0.5 * z ** 2, log=1.0, constant=0.5 * math.log(2 * math.pi),
@@ -433,12 +502,21 @@ def _normal(actions, mean, log_std, std=lambda s: s.exp(), exponent=lambda z: -0
 
 _GAUSSIAN = Exercise("rlhf_course.ppo:gaussian_logprob", _gaussian_probes, (
     ("You took log_std for the standard deviation: divide by its exponential.", lambda *a: _normal(*a, std=lambda s: s.sign() * s.abs().clamp(min=1e-3))),
-    ("You took log_std for the logarithm of the variance: the standard deviation is its exponential, not the root of that.",
+    *(("You took log_std for the standard deviation: divide by its exponential.", wrong) for wrong in (
+        lambda actions, mean, log_std: torch.distributions.Normal(mean, log_std).log_prob(actions).sum(-1),  # refuses a negative one
+        lambda actions, mean, log_std: torch.distributions.Normal(mean, log_std, validate_args=False).log_prob(actions).sum(-1))),
+    ("You cut log_std off from above: that is for the network to do, here it is taken as it comes.", lambda actions, mean, log_std: _normal(actions, mean, log_std.clamp(-20, 2))),
+    ("You added a small number to the standard deviation: an exponential is never 0, so it changes the density and helps nobody.", lambda *a: _normal(*a, std=lambda s: s.exp() + 1e-6)),
+    ("You divided the squared distance by exp(log_std): that is the standard deviation, and its square belongs there.",
      lambda *a: _normal(*a, std=lambda s: (0.5 * s).exp())),
     ("You took log_std for the logarithm of the variance: the standard deviation is its exponential, not the root of that.",
      lambda *a: _normal(*a, std=lambda s: (0.5 * s).exp(), log=0.5)),
     ("You divided by the variance inside the square: it is the distance over the standard deviation that is squared.",
      lambda *a: _normal(*a, std=lambda s: (2 * s).exp())),
+    ("You took the variance for the standard deviation: torch.distributions.Normal, too, wants log_std.exp() and not its square.",
+     lambda *a: _normal(*a, std=lambda s: (2 * s).exp(), log=2.0)),
+    ("You halved log_std: it is half the logarithm of the variance already, so it counts in full.", lambda *a: _normal(*a, log=0.5)),
+    ("In the constant 2 pi stands under the logarithm, not pi.", lambda *a: _normal(*a, constant=0.5 * math.log(math.pi))),
     ("You left out minus log_std: narrow distributions are higher.", lambda *a: _normal(*a, log=0.0)),
     ("Minus log_std has the wrong sign: narrow distributions are higher.", lambda *a: _normal(*a, log=-1.0)),
     ("You left out the constant: half the logarithm of 2 pi for each number.", lambda *a: _normal(*a, constant=0.0)),
@@ -461,7 +539,7 @@ def digits_lost(
 ) -> bool:  # whether it is right but for digits that single precision loses
     "Whether numbers are right to some digits, and not to as many as double precision gives."
     got, wanted = (np.concatenate([np.ravel(np.asarray(x, dtype=float)) for x in those]) for those in (numbers, right))
-    return np.allclose(got, wanted, rtol=1e-4, atol=1e-4) and not np.allclose(got, wanted, rtol=1e-9, atol=1e-10)
+    return np.allclose(got, wanted, rtol=3e-5, atol=3e-6) and not np.allclose(got, wanted, rtol=1e-9, atol=1e-10)
 
 # %% ../nbs/93a_bank_ppo.ipynb #f848fe24
 def _moments_probes() -> list[Call]:
@@ -496,7 +574,18 @@ _MOMENTS = Exercise("rlhf_course.ppo:combine_moments", _moments_probes, (
     ("The distance of the means has to be squared.", lambda *a: _moments(*a, between=lambda delta, share: abs(delta) * share * (1 - share))),
     ("The distance of the means has the weight share (1 - share), and not share alone.", lambda *a: _moments(*a, between=lambda delta, share: delta ** 2 * share)),
     ("You divided the variance of the batch by n - 1: here it is divided by n.", lambda *a: _moments(*a, ddof=1)),
-    ("You weighted the old and the new half and half: their weights are their numbers.", lambda *a: _moments(*a, share=lambda a, b: 0.5)),
+    *(("You weighted the old and the new half and half: their weights are their numbers.", wrong) for wrong in (
+        lambda *a: _moments(*a, share=lambda a, b: 0.5), lambda *a: _moments(*a, share=lambda a, b: 0.5, between=lambda delta, share: 0 * delta))),
+    ("You returned the sum of the squared distances: divide it by the number of all, the variance is wanted.",
+     lambda m, v, n, batch: (lambda mean, variance, total: (mean, variance * total, total))(*_moments(m, v, n, batch))),
+    ("You divided by n - 1: the variance here is divided by n, the number of all.",
+     lambda m, v, n, batch: (lambda mean, variance, total: (mean, variance * total / max(total - 1, 1), total))(*_moments(m, v, n, batch))),
+    ("You divided two of the three parts of the variance by the number of all, and not the distance of the means.",
+     lambda m, v, n, batch: _moments(m, v, n, batch, between=lambda delta, share: delta ** 2 * share * n)),
+    ("You took the distance of the batch from the mean of all: the weight share (1 - share) belongs to its distance from the old mean.",
+     lambda *a: _moments(*a, between=lambda delta, share: (delta - delta * share) ** 2)),
+    ("You added a small number to the count: then the old moments have a weight even where count is 0.",
+     lambda m, v, n, batch: (*_moments(m, v, n + 1e-4, batch)[:2], n + len(batch))),
     ("The weights are the wrong way round: the new numbers have the share len(batch) / (count + len(batch)).",
      lambda *a: _moments(*a, share=lambda a, b: a / (a + b))),
     ("The mean moves the wrong way: towards the mean of the batch.", lambda *a: _moments(*a, move=lambda delta, share: -delta * share)),
@@ -529,6 +618,13 @@ _KEPT_RATIOS = Exercise("rlhf_course.bug_clinic:kept_ratios", _ratio_probes, (
      lambda logprobs: (logprobs - logprobs.detach()).exp()),
     ("You compare each pass with the one before it: the data were drawn in pass 0, so that is the old policy in all rows.",
      lambda logprobs: (logprobs - torch.cat([logprobs[:1], logprobs[:-1]]).detach()).exp()),
+    ("You compare each pass with the one before it: the data were drawn in pass 0, so that is the old policy in all rows.",
+     lambda logprobs: (logprobs - logprobs.roll(1, 0).detach()).exp()),
+    ("You wrote ones into row 0: they are right, but they carry no gradient, and the first pass would learn nothing.",
+     lambda logprobs: torch.cat([torch.ones_like(logprobs[:1]), (logprobs[1:] - logprobs[0].detach()).exp()])),
+    ("You clipped the ratios: that is for the loss to do, which needs the plain ones too.", lambda logprobs: (logprobs - logprobs[0].detach()).exp().clamp(0.8, 1.2)),
+    ("You left out row 0: the ratios of the first pass are wanted too, all ones with a gradient.", lambda logprobs: (logprobs[1:] - logprobs[0].detach()).exp()),
+    ("You detached the new log-probabilities and not the old ones: the old ones are data.", lambda logprobs: (logprobs.detach() - logprobs[0]).exp()),
     ("You let the gradient flow into the old log-probabilities: they are data, so detach them.",
      lambda logprobs: (logprobs - logprobs[0]).exp()),
     ("You have the ratio upside down: new probability over old one.",
@@ -564,6 +660,14 @@ _REGRESSION_LOSS = Exercise("rlhf_course.bug_clinic:regression_loss", _regressio
      lambda values, old_values, advantages: _half_square(values - (advantages + values).detach())),
     ("You let the gradient flow into the targets: they are data, so detach them.",
      lambda values, old_values, advantages: _half_square(values - (advantages + old_values))),
+    ("You detached one half of the targets: neither advantages nor old values may get a gradient, so detach their sum.",
+     lambda values, old_values, advantages: _half_square(values - (advantages.detach() + old_values))),
+    ("You detached one half of the targets: neither advantages nor old values may get a gradient, so detach their sum.",
+     lambda values, old_values, advantages: _half_square(values - (advantages + old_values.detach()))),
+    ("You returned one loss a value: half the mean is wanted, a scalar.", lambda values, old_values, advantages: 0.5 * (values - (advantages + old_values).detach()) ** 2),
+    ("The loss has the wrong sign: a squared distance is made small.", lambda values, old_values, advantages: -_half_square(values - (advantages + old_values).detach())),
+    ("You took the root of the mean square: the mean square itself is wanted.",
+     lambda values, old_values, advantages: 0.5 * ((values - (advantages + old_values).detach()) ** 2).mean().sqrt()),
     ("You detached the values and not the targets: then the network that is to learn gets no gradient.",
      lambda values, old_values, advantages: _half_square(values.detach() - (advantages + old_values))),
     ("You trained the values towards the advantages: the returns are advantages plus old values.",
@@ -614,6 +718,24 @@ _ACT_IN_BOX = Exercise("rlhf_course.bug_clinic:act_in_box", _box_probes, (
      lambda mean, log_std, noise, low, high: (lambda d, s, p: (s, d, p))(*_boxed(mean, log_std, noise, low, high))),
     ("You clipped the mean and then drew: what is drawn around a clipped mean can still lie outside, and it is another policy.",
      lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d, p))(*_boxed(mean.clamp(low, high), log_std, noise, low, high))),
+    ("You squashed the action with tanh: it is clipped to low and high.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d.tanh(), p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped to [-1, 1]: the bounds are `low` and `high`.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d.clamp(-1, 1), p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped on one side only: the environment has a lower bound too.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, d.clamp(max=high), p))(*_boxed(mean, log_std, noise, low, high))),
+    ("You clipped the noise: it is the action that is clipped, and only the one that is sent.",
+     lambda mean, log_std, noise, low, high: _boxed(mean, log_std, noise.clamp(low, high), low, high)),
+    ("You left out the standard deviation: the noise is multiplied by log_std.exp().",
+     lambda mean, log_std, noise, low, high: _boxed(mean, 0 * log_std, noise, low, high)),
+    ("You returned the density: its logarithm is wanted.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p.exp()))(*_boxed(mean, log_std, noise, low, high))),
+    ("The constant counts once for every number of an action, not once for an action: add it before the sum.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p + 0.5 * np.log(2 * np.pi) * (mean.shape[-1] - 1)))(*_boxed(mean, log_std, noise, low, high))),
+    ("You took log_std for the standard deviation in the density: its exponential is.",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, _log_density(d, mean, log_std.expand_as(mean)).sum(-1)))(*_boxed(mean, log_std, noise, low, high))),
+    ("You summed over the whole batch: one log-density an action is wanted, (B,).",
+     lambda mean, log_std, noise, low, high: (lambda d, s, p: (d, s, p.sum()))(*_boxed(mean, log_std, noise, low, high))),
     ("You multiplied the noise by log_std: the standard deviation is its exponential.",
      lambda mean, log_std, noise, low, high: (lambda d: (d, d.clamp(low, high), (-0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)).sum(-1)))(mean + log_std * noise)),
     ("You took exp(log_std) for the variance: it is the standard deviation.",
@@ -640,14 +762,16 @@ class _MinibatchFacts:
     "Sizes, whether each row is there once, whether and how they are in order, and whether the seed decides: for that, the orders of the probes before are kept."
 
     def __call__(self, parts: list[Tensor], n_rows: int, n_minibatches: int, seed: int) -> dict:
+        tensors = isinstance(parts, list | tuple) and all(isinstance(part, Tensor) for part in parts)
         parts = [torch.as_tensor(part) for part in parts]
+        sizes = [len(part) for part in parts]
         rows = torch.cat(parts)
         if n_rows == 24:  # the first probe, of another function
             self.orders = []
         same = [torch.equal(order, rows) for size, other, order in self.orders if size == n_rows and other == seed]
         changed = [not torch.equal(order, rows) for size, other, order in self.orders if size == n_rows and other != seed]
         self.orders.append((n_rows, seed, rows))
-        return {"sizes": [len(part) for part in parts], "type of the row numbers": str(rows.dtype), "no row twice": len(rows.unique()) == len(rows),
+        return {"a list of tensors": tensors, "sizes": sorted(sizes, reverse=True), "larger parts first": sizes == sorted(sizes, reverse=True), "type of the row numbers": str(rows.dtype), "no row twice": len(rows.unique()) == len(rows),
                 "every row there": bool(torch.isin(torch.arange(n_rows), rows).all()), "no other row": bool(((rows >= 0) & (rows < n_rows)).all()), "all in order": bool((rows.diff() > 0).all()),
                 "all in reverse order": bool((rows.diff() < 0).all()), "each part in order": all(bool((part.diff() > 0).all()) for part in parts),
                 "parts whose rows are neighbours": sum(len(part) > 2 and bool((part.sort().values.diff() == 1).all()) for part in parts) if len(parts) > 1 else 0,
@@ -667,6 +791,14 @@ _EPOCH_MINIBATCHES = Exercise("rlhf_course.bug_clinic:epoch_minibatches", _minib
      lambda n_rows, n_minibatches, seed: list(torch.arange(n_rows).flip(0).tensor_split(n_minibatches))),
     ("You drew with replacement: some rows are used twice in a pass and others never; use a permutation.",
      lambda n_rows, n_minibatches, seed: list(torch.randint(n_rows, (n_rows,), generator=torch.Generator().manual_seed(seed)).tensor_split(n_minibatches))),
+    ("You drew each part anew from all rows: some rows are used twice in a pass and others never; cut one permutation.",
+     lambda n_rows, n_minibatches, seed: [_order(n_rows, seed + 1000 * i)[: n_rows // n_minibatches] for i in range(n_minibatches)]),
+    ("You sorted the rows of each part: that does no harm to a mean over the part, but a random order is wanted.",
+     lambda n_rows, n_minibatches, seed: [part.sort().values for part in _order(n_rows, seed).tensor_split(n_minibatches)]),
+    ("You shuffled the parts and not the rows: neighbours in time stay together.",
+     lambda n_rows, n_minibatches, seed: (lambda parts: [parts[i] for i in _order(n_minibatches, seed)])(torch.arange(n_rows).tensor_split(n_minibatches))),
+    ("You took n_minibatches for the size of a part: it is their number.", lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).split(n_minibatches))),
+    ("A list of tensors is wanted: each part can then be used to index a tensor.", lambda n_rows, n_minibatches, seed: [part.tolist() for part in _order(n_rows, seed).tensor_split(n_minibatches)]),
     ("You lose the rows that do not fit: the parts may differ by one row, and together they hold all; tensor_split cuts so.",
      lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed)[: n_rows // n_minibatches * n_minibatches].tensor_split(n_minibatches))),
     ("You cut into parts of n_rows // n_minibatches rows each, and the rows that are left make parts too many: spread them over the parts, as tensor_split does.",
@@ -682,7 +814,9 @@ _EPOCH_MINIBATCHES = Exercise("rlhf_course.bug_clinic:epoch_minibatches", _minib
     *(("Your sizes differ by more than one: cut with tensor_split, which spreads the remainder.", wrong) for wrong in (
         lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).split([n_rows // n_minibatches] * (n_minibatches - 1) + [n_rows - n_rows // n_minibatches * (n_minibatches - 1)])),
         lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).chunk(n_minibatches)))),
-    ("The larger parts come first: you put them last.", lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).tensor_split(n_minibatches))[::-1]),
+    *(("The larger parts come first: you put them last or in between.", wrong) for wrong in (
+        lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).tensor_split(n_minibatches))[::-1],
+        lambda n_rows, n_minibatches, seed: list(_order(n_rows, seed).tensor_split([i * n_rows // n_minibatches for i in range(1, n_minibatches)])))),
     ("You returned all rows in one part: cut the order into n_minibatches parts.",
      lambda n_rows, n_minibatches, seed: [_order(n_rows, seed)]),
     ("You count from 1: rows are numbered from 0.",

@@ -95,6 +95,19 @@ _CHOSEN_LOGPROBS = Exercise("rlhf_course.rlhf:chosen_logprobs", _chosen_probes, 
      _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, -_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("The two results are the wrong way round: first log-probabilities, then entropies.",
      _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))[::-1])),
+    ("You ignored the temperature in the log-probabilities: they too are those of the distribution that was sampled from.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("You did not normalise: a logit is a log-probability only after log_softmax.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits / temperature, ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("You normalised over the positions: probabilities add up to 1 over the vocabulary, the last dimension.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(1), ids), _entropy((logits / temperature).log_softmax(1))))),
+    ("Your entropy is divided by the size of the vocabulary: it is a sum over the tokens, weighted by their probabilities.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / logits.shape[-1]))),
+    ("You took the likeliest token: the log-probability of the one in token_ids is wanted.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, (logits / temperature).log_softmax(-1).amax(-1).T, _entropy((logits / temperature).log_softmax(-1))))),
+    ("You shifted by one: here logits[:, t] is already the state in which token t was chosen.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 0, 1)),
+                                                      _entropy((logits / temperature).log_softmax(-1))))),
     ("You multiplied by the mask: NaN or infinity in the padding times 0 is NaN. Put zeros into the logits there before the maths, and choose with torch.where.",
      lambda logits, ids, mask, temperature=1.0: tuple(mask * x for x in (_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("You masked after the maths: your numbers are right, but where the padding holds NaN the gradient is 0 times NaN. Put zeros into the logits there first.",
@@ -121,33 +134,56 @@ def _log_ratio(logprobs, ref_logprobs, mask):
     return (logprobs - ref_logprobs).where(mask, 0.0)
 
 
+def _answering_to(estimator_error, wrong=lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator)):
+    "A function that returns None for an unknown estimator, or raises another error."
+    def answers(lp, ref, mask, estimator="k1"):
+        try:
+            return wrong(lp, ref, mask, estimator)
+        except ValueError:
+            if estimator_error: raise estimator_error(estimator)
+    return answers
+
+
 _TOKEN_KL = Exercise("rlhf_course.rlhf:token_kl", _token_kl_probes, (
-    ("You turned the log-ratio round: it is the policy's minus the reference's, positive where the policy made the token likelier.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(ref, lp, mask), estimator)),
-    ("You counted the padding: the estimate is 0 where the mask is False, whatever stands there.",
-     lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator)),
-    ("You multiplied by the mask: infinity times 0 is NaN. Choose with torch.where.",
-     lambda lp, ref, mask, estimator="k1": _estimate((lp - ref) * mask, estimator)),
-    ("Your k3 has the ratio upside down: the tokens were drawn by the policy, so the ratio is reference over policy, e^{-l}.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: x.exp() - 1 - x)),
-    ("Your k3 lacks the -1: it is 0 where both agree.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() + x)),
-    ("In your k3 the log-ratio has the wrong sign: e^{-l} - 1 + l is never negative, and e^{-l} - 1 - l often is.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1 - x)),
-    ("Your k3 lacks the log-ratio: e^{-l} - 1 is 0 on average and measures nothing.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1)),
-    ("Your k2 lacks the factor of one half.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x * x)),
-    ("Your k2 is the absolute value: it is half the square.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x.abs())),
-    ("You clamped k1 at 0: a single estimate may well be negative, and without those the mean is wrong.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).clamp(min=0)),
-    ("You added up the tokens: one number for each token is wanted.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum(0)),
+    *((mistake, version) for mistake, wrong in (
+        ("You turned the log-ratio round: it is the policy's minus the reference's, positive where the policy made the token likelier.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(ref, lp, mask), estimator)),
+        ("You counted the padding: the estimate is 0 where the mask is False, whatever stands there.",
+         lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator)),
+        ("You multiplied by the mask: infinity times 0 is NaN. Choose with torch.where.",
+         lambda lp, ref, mask, estimator="k1": _estimate((lp - ref) * mask, estimator)),
+        ("Your k3 has the ratio upside down: the tokens were drawn by the policy, so the ratio is reference over policy, e^{-l}.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: x.exp() - 1 - x)),
+        ("Your k3 lacks the -1: it is 0 where both agree.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() + x)),
+        ("In your k3 the log-ratio has the wrong sign: e^{-l} - 1 + l is never negative, and e^{-l} - 1 - l often is.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1 - x)),
+        ("Your k3 lacks the log-ratio: e^{-l} - 1 is 0 on average and measures nothing.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1)),
+        ("Your k2 lacks the factor of one half.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x * x)),
+        ("Your k2 is the absolute value: it is half the square.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x.abs())),
+        ("You clamped k1 at 0: a single estimate may well be negative, and without those the mean is wrong.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).clamp(min=0)),
+        ("You added up the tokens: one number for each token is wanted.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum(0)),
+        ("You weighted by the probability of the token: it was drawn with that probability already.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator) * lp.where(mask, 0.0).exp()),
+        ("You have the sign of all three wrong: positive where the policy has made the token likelier.",
+         lambda lp, ref, mask, estimator="k1": -_estimate(_log_ratio(lp, ref, mask), estimator)),
+        ("You took the mean over the tokens: one number for each token is wanted.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum() / mask.sum()),
+        ("You took the absolute value of k1: a single estimate may well be negative, and without those the mean is wrong.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).abs()),
+        ("You masked after the maths: your numbers are right, but where the padding holds an infinity the gradient is 0 times NaN. Mask the log-ratio first.",
+         lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator).where(mask, 0.0)),
+    ) for version in (wrong, _answering_to(None, wrong))),
     ("You let a name pass that does not exist: another estimator than k1, k2 and k3 is a ValueError.",
      lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator if estimator in ("k1", "k2") else "k3")),
-    ("You weighted by the probability of the token: it was drawn with that probability already.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator) * lp.where(mask, 0.0).exp()),
+    ("You let a name pass that does not exist: another estimator than k1, k2 and k3 is a ValueError.", _answering_to(None)),
+    *(("Another estimator than k1, k2 and k3 ends in an error of another kind: raise a ValueError that names the three.", _answering_to(error)) for error in (
+        KeyError, NotImplementedError, AssertionError, TypeError, UnboundLocalError)),
 ), gradients=True)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #93dbe249
@@ -170,13 +206,19 @@ def _added(rewards, scores, rows):
 
 
 def _with_and_without_refusal(mistakes):
-    "Each wrong answer twice: it may also have let a response without tokens pass."
+    "Each wrong answer, and those that also let a response without tokens pass, with its score in the last row, nowhere, or in the first."
     def refusing(wrong):
         def refuses(s, lp, ref, mask, *, kl_coef, estimator="k1"):
             if not mask.any(0).all(): raise ValueError("no tokens")
             return wrong(s, lp, ref, mask, kl_coef=kl_coef, estimator=estimator)
         return refuses
-    return [(mistake, version) for mistake, wrong in mistakes for version in (refusing(wrong), wrong)]
+
+    def without_score(wrong):
+        return lambda s, lp, ref, mask, **k: wrong(s * mask.any(0), lp, ref, mask, **k)
+
+    def in_first_row(wrong):
+        return lambda s, lp, ref, mask, **k: (lambda out: out + (wrong(s, lp, ref, mask, **k) - out).flip(0))(without_score(wrong)(s, lp, ref, mask, **k))
+    return [(mistake, version) for mistake, wrong in mistakes for version in (refusing(wrong), wrong, without_score(wrong), in_first_row(wrong))]
 
 
 def _out_of_range(error, mask):
@@ -226,6 +268,18 @@ _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator) / mask.sum(0).clamp(min=1), s, mask.sum(0) - 1)),
         ("You forgot the price: kl_coef times the divergence is subtracted.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, 1.0, estimator), s, mask.sum(0) - 1)),
+        ("You left out the price of moving away: minus kl_coef times the divergence, at each token.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s, mask.sum(0) - 1)),
+        ("The sign of the score is wrong: it is added.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), -s, mask.sum(0) - 1)),
+        ("You have policy and reference the wrong way round: the divergence is that of logprobs from ref_logprobs.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(ref, lp, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+        ("You added up what comes after each token: that is the return, and compute_gae does it.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1).flip(0).cumsum(0).flip(0)),
+        ("You gave the score to every row, padding too: a response is judged once, at its last token.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s),
+        ("You divided the score by the number of tokens: all of it belongs to the last one.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s / mask.sum(0).clamp(min=1), mask.sum(0) - 1)),
         ("You always took k1: hand the estimator on to token_kl.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
     )),
@@ -277,6 +331,11 @@ _WHITEN_MASKED = Exercise("rlhf_course.rlhf:whiten_masked", _whiten_probes, (
      lambda x, mask, keep_mean=False, eps=1e-8: ((x - x[mask].mean()) / (x[mask].var() + eps).sqrt() + (x[mask].mean() if keep_mean else 0)) * mask),
     ("To keep the mean you did not centre at all: then the mean is divided too. Subtract it, divide, add it back.",
      lambda x, mask, keep_mean=False, eps=1e-8: (x / (x[mask].var() + eps).sqrt()).where(mask, 0.0) if keep_mean else _white(x, mask, False, eps)),
+    ("You added the mean to the padding too: it is 0 in the result.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, False, eps) + (x[mask].mean() if keep_mean else 0)),
+    ("You took the mean of the squares for the variance: subtract the mean before you square.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps, variance=lambda kept: (kept**2).mean())),
+    ("You returned only the entries that count: the shape stays, with 0 in the padding.", lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps)[mask]),
     ("You whitened each response by itself: one mean and one variance over all tokens of the batch.",
      lambda x, mask, keep_mean=False, eps=1e-8: torch.stack([_white(a, m, keep_mean, eps, variance=lambda kept: kept.var(correction=min(1, len(kept) - 1))) for a, m in zip(x.T, mask.T)], 1)),
 ))
@@ -318,6 +377,14 @@ _ADAPT_KL_COEF = Exercise("rlhf_course.rlhf:adapt_kl_coef", _adapt_probes, (
      lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(1 - target / kl if kl else -1.0) * n / horizon)),
     ("You clipped the ratio to [-0.2, 0.2] before you took 1 off: clip the error.",
      lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + (_clipped(kl / target) - 1) * n / horizon)),
+    ("You took the absolute value of the error: below the target the price falls.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + abs(_clipped(kl / target - 1)) * n / horizon)),
+    ("You divided whole numbers with //: n / horizon is a share.", lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl / target - 1) * (n // horizon))),
+    ("You let n / horizon count for at most 1: a rollout longer than the horizon moves the price by more.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl / target - 1) * min(1, n / horizon))),
+    ("You took the exponential: the factor is 1 plus the step.", lambda kl_coef, kl, target, n, horizon: kl_coef * math.exp(_clipped(kl / target - 1) * n / horizon)),
+    ("You kept the price above 0 by force: 0 stays 0, it then means no price at all.", lambda kl_coef, kl, target, n, horizon: max(1e-3, kl_coef * (1 + _clipped(kl / target - 1) * n / horizon))),
+    ("You returned the error: the new price is wanted.", lambda kl_coef, kl, target, n, horizon: _clipped(kl / target - 1)),
     ("You returned the factor: multiply the old price by it.",
      lambda kl_coef, kl, target, n, horizon: 1 + _clipped(kl / target - 1) * n / horizon),
 ))
@@ -348,6 +415,13 @@ _OPTIMAL_POLICY = Exercise("rlhf_course.optimal_policy:optimal_policy", _optimal
      lambda ref, r, beta: (ref + r / beta).softmax(-1)),
     ("You multiplied probabilities and took the logarithm at the end: e^{r / beta} overflows or underflows. Add logarithms.",
      lambda ref, r, beta: (lambda w: (w / w.sum(-1, keepdim=True)).log())(ref.exp() * (r / beta).exp())),
+    ("You took the logarithm of a softmax: where the softmax underflows to 0 it is -inf. Use log_softmax.", lambda ref, r, beta: (ref + r / beta).softmax(-1).log()),
+    ("You subtracted the largest entry and did not normalise: that guards against overflow, log Z has still to be subtracted.",
+     lambda ref, r, beta: (lambda x: x - x.amax(-1, keepdim=True))(ref + r / beta)),
+    ("You lost the dimension of log Z, so that it meets the wrong rows or none: use keepdim=True.", lambda ref, r, beta: (lambda x: x - x.logsumexp(-1))(ref + r / beta)),
+    ("You took the exponential of the reward: the exponential of r / beta has the logarithm r / beta.", lambda ref, r, beta: (ref + r.exp() / beta).log_softmax(-1)),
+    ("You standardised the rewards first: their scale is what beta is measured against.",
+     lambda ref, r, beta: (ref + (r - r.mean(-1, keepdim=True)) / r.std(-1, keepdim=True) / beta).log_softmax(-1)),
     ("You divided the reference by beta too: only the reward is divided by it.",
      lambda ref, r, beta: ((ref + r) / beta).log_softmax(-1)),
     ("You normalised the whole table: each row is a prompt of its own, so normalise over the last dimension.",
@@ -391,6 +465,14 @@ _IMPLIED_REWARDS = Exercise("rlhf_course.optimal_policy:implied_rewards", _impli
      lambda lp, ref, beta: _less_mean(beta * (ref - lp), ref.exp())),
     ("You forgot beta: the same change stands for more reward where a nat costs more.",
      lambda lp, ref, beta: _less_mean(lp - ref, ref.exp())),
+    ("You forgot beta in the mean: it is the mean of the rewards themselves.", lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * (lp - ref)).sum(-1, keepdim=True)),
+    ("You multiplied by beta twice.", lambda lp, ref, beta: beta * _less_mean(beta * (lp - ref), ref.exp())),
+    ("You took the mean of weighted rewards: the weights add up to 1 already, so add up.",
+     lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * beta * (lp - ref)).mean(-1, keepdim=True)),
+    ("You subtracted the largest reward: the mean under the reference is to be 0.", lambda lp, ref, beta: beta * (lp - ref) - (beta * (lp - ref)).amax(-1, keepdim=True)),
+    ("You took the mean over the first dimension, the prompts: responses are the last one.", lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * beta * (lp - ref)).sum(0, keepdim=True)),
+    ("You subtracted probabilities: the reward is in the difference of their logarithms.", lambda lp, ref, beta: _less_mean(beta * (lp.exp() - ref.exp()), ref.exp())),
+    ("You divided the log-probabilities: the logarithm of a ratio is a difference of logarithms.", lambda lp, ref, beta: _less_mean(beta * (lp / ref), ref.exp())),
     ("You divided by beta: r = beta log(pi / ref) + a constant.",
      lambda lp, ref, beta: _less_mean((lp - ref) / beta, ref.exp())),
     ("You used the ratio of the probabilities itself: its logarithm is the reward.",
@@ -435,6 +517,11 @@ def _by_level(of_level):
     return lambda ref, rewards, n: ref.double() + of_level(*_shares_below(ref, rewards), n).log()
 
 
+def _single_where_lost(found, ref, rewards, n):
+    "The result, as float32 where it is right but for digits that single precision has lost, and ref had them."
+    return found.float() if ref.dtype == torch.float64 and digits_lost([found], [_by_level(lambda f, g, m, n: (f**n - g**n) / m)(ref, rewards, n)]) else found
+
+
 _BEST_OF_N_POLICY = Exercise("rlhf_course.optimal_policy:best_of_n_policy", _best_of_n_probes, (
     ("You broke ties by the order of the responses: equal rewards share in proportion to the reference.", _in_order),
     ("You gave every tied response the probability of the whole level: divide by the level's mass and multiply with the reference.",
@@ -457,19 +544,27 @@ _BEST_OF_N_POLICY = Exercise("rlhf_course.optimal_policy:best_of_n_policy", _bes
      lambda ref, rewards, n: (lambda f, g, m: ((f**n - g**n) / m).log())(*_shares_below(ref, rewards))),
     ("You took the probability that all draws have at most this reward, F^n: that some draw has it needs F_-^n subtracted.",
      _by_level(lambda f, g, m, n: f**n / m)),
-    ("You returned float32: work in float64 from the first exp on, and stay there.",
-     lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()).float())(*_shares_below(ref, rewards))),
-))
+    *(("You left float64: work in it from the first exp on, and return it.", wrong) for wrong in (
+        lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()).float())(*_shares_below(ref, rewards)),
+        lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()))(*(x.float() for x in _shares_below(ref, rewards))),
+        lambda ref, rewards, n: (lambda f, g, m: (ref.float() + ((f**n - g**n) / m).log()).double())(*(x.float() for x in _shares_below(ref, rewards))))),
+    ("You kept the order of the sorted rewards: put each result back to where its response stands.", lambda ref, rewards, n: _in_order(ref, rewards, n)[rewards.argsort(stable=True)]),
+    ("You took the probability that a response is drawn at all, 1 - (1 - p)^n: it also has to be the best of the draws.", lambda ref, rewards, n: (1 - (1 - ref.double().exp()) ** n).log()),
+    ("You raised the reference to the power n: what is drawn n times need not be the same response.", lambda ref, rewards, n: (n * ref.double()).log_softmax(0)),
+    ("You counted one draw too many: the power is n, not n + 1.", _by_level(lambda f, g, m, n: (f ** (n + 1) - g ** (n + 1)) / m)),
+    ("You used the density n F^(n-1), and normalised: that is for rewards without ties and responses of tiny probability.",
+     lambda ref, rewards, n: (lambda f, g, m: (ref.double() + (n - 1) * f.log()).log_softmax(0))(*_shares_below(ref, rewards))),
+), relevant=_single_where_lost)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #5071c139
 def _gao_fit_probes() -> list[Call]:
-    "Noisy gains at several distances, with and without a distance of 0."
+    "Noisy gains at several distances, with and without a distance of 0; in the last both coefficients are negative."
     generator = torch.Generator().manual_seed(30)
     noise = lambda n: 0.3 * torch.randn(n, generator=generator)
     few, many = torch.tensor([0.3, 0.9, 1.7, 2.4, 3.9]), torch.linspace(0, 5, 21)
     return [call(few, 1.0 * few - 0.5 * few * few.log() + noise(5)), call(many, 0.8 * many - 0.6 * torch.xlogy(many, many) + noise(21)),
             call(torch.tensor([0.0, 0.5, 0.0, 2.0, 3.0, 1.0]), torch.tensor([0.1, 0.4, -0.2, 1.0, 0.2, 0.9])),
-            call(2 * few, 0.3 * few + noise(5))]
+            call(2 * few, few * few.log() - 0.8 * few + noise(5))]
 
 
 def _solved(gains, *columns):
@@ -519,6 +614,13 @@ _GAO_FIT = Exercise("rlhf_course.overoptimization:gao_fit", _gao_fit_probes, (
      _in_double(lambda d, gains: _solved((gains / d)[d > 0], torch.ones_like(d[d > 0]), -d[d > 0].log()))),
     ("You used d squared, the divergence itself, in both columns: the law is in d, its square root.",
      _in_double(lambda d, gains: _solved(gains, d**2, -torch.xlogy(d**2, d**2)))),
+    ("You kept the coefficients from being negative: they are what fits best, whatever their sign.", _in_double(lambda d, gains: tuple(max(x, 0.0) for x in _law(d, gains)))),
+    ("You kept the coefficients from being negative: they are what fits best, whatever their sign.", _in_double(lambda d, gains: (lambda a, b: (a, max(b, 0.0)))(*_law(d, gains)))),
+    ("You kept the coefficients from being negative: they are what fits best, whatever their sign.", _in_double(lambda d, gains: tuple(abs(x) for x in _law(d, gains)))),
+    ("You used the logarithm to base 2: the natural one is wanted.", _in_double(lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / math.log(2)))),
+    ("You took log(1 + d): at 0 the product d log d has the limit 0 as it is.", _in_double(lambda d, gains: _solved(gains, d, -d * torch.log1p(d)))),
+    ("Both signs are wrong: gains are fitted by alpha d - beta d log d.", _in_double(lambda d, gains: _solved(gains, -d, torch.xlogy(d, d)))),
+    ("You took the root of the distances: they are roots of divergences already.", _in_double(lambda d, gains: _law(d.sqrt(), gains))),
     *(("You worked in single precision, which loses digits: convert both arguments with .double() before the first product or logarithm.", wrong) for wrong in (
         _law, lambda d, gains: _solved(gains.double(), d.double(), -torch.xlogy(d, d).double()))),
     *(("At distance 0 your column is nan, and you worked in single precision: take torch.xlogy, of distances in float64.", wrong) for wrong in (
@@ -548,6 +650,13 @@ _CONSERVATIVE_SCORES = Exercise("rlhf_course.overoptimization:conservative_score
      lambda s, penalty=1.0: s.mean(0) - s.std(0)),
     ("You returned the mean: the disagreement is not penalised.",
      lambda s, penalty=1.0: s.mean(0)),
+    ("You took the minimum and the penalty too: the mean minus penalty times the standard deviation is wanted.", lambda s, penalty=1.0: s.amin(0) - penalty * s.std(0)),
+    ("You added the models' scores up: their mean is wanted.", lambda s, penalty=1.0: s.sum(0) - penalty * s.std(0)),
+    ("You subtracted the penalty itself: it is multiplied by the standard deviation.", lambda s, penalty=1.0: s.mean(0) - penalty),
+    ("You subtracted the mean absolute distance: the standard deviation is the root of the mean square.", lambda s, penalty=1.0: s.mean(0) - penalty * (s - s.mean(0)).abs().mean(0)),
+    ("You took the median: the mean of the models is wanted.", lambda s, penalty=1.0: s.median(0).values - penalty * s.std(0)),
+    ("You subtracted the variance: the standard deviation has the unit of a score.", lambda s, penalty=1.0: s.mean(0) - penalty * s.var(0, correction=0)),
+    ("You returned one number a model and response: the mean over the models is wanted, (B,).", lambda s, penalty=1.0: s - penalty * s.std(0)),
     ("You used the standard error of the mean: do not divide by the square root of M, the question is how far the models are apart.",
      lambda s, penalty=1.0: s.mean(0) - penalty * s.std(0) / len(s) ** 0.5),
     ("You took one standard deviation over the whole table: each response has its own.",
