@@ -205,20 +205,17 @@ def _added(rewards, scores, rows):
     return rewards + scores * (torch.arange(len(rewards))[:, None] == rows.where(rows >= 0, rows + len(rewards)))
 
 
-def _with_and_without_refusal(mistakes):
-    "Each wrong answer, and those that also let a response without tokens pass, with its score in the last row, nowhere, or in the first."
-    def refusing(wrong):
-        def refuses(s, lp, ref, mask, *, kl_coef, estimator="k1"):
-            if not mask.any(0).all(): raise ValueError("no tokens")
-            return wrong(s, lp, ref, mask, kl_coef=kl_coef, estimator=estimator)
-        return refuses
+def _refusing(wrong):
+    "A wrong answer that refuses a response without tokens."
+    def refuses(s, lp, ref, mask, *, kl_coef, estimator="k1"):
+        if not mask.any(0).all(): raise ValueError("no tokens")
+        return wrong(s, lp, ref, mask, kl_coef=kl_coef, estimator=estimator)
+    return refuses
 
-    def without_score(wrong):
-        return lambda s, lp, ref, mask, **k: wrong(s * mask.any(0), lp, ref, mask, **k)
 
-    def in_first_row(wrong):
-        return lambda s, lp, ref, mask, **k: (lambda out: out + (wrong(s, lp, ref, mask, **k) - out).flip(0))(without_score(wrong)(s, lp, ref, mask, **k))
-    return [(mistake, version) for mistake, wrong in mistakes for version in (refusing(wrong), wrong, without_score(wrong), in_first_row(wrong))]
+def _any_is_wrong(rewards, scores, lp, ref, mask, **_):
+    "The rewards; where a response has no tokens there are none, and it does not matter what is returned in their place."
+    return rewards if mask.any(0).all() else "rewards"
 
 
 def _out_of_range(error, mask):
@@ -235,7 +232,7 @@ def _raising(error):
 
 
 _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
-    *_with_and_without_refusal((
+    *((mistake, version) for mistake, wrong in (
         ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
         ("You gave the score to every token: a response is judged once, at its last token.",
@@ -282,14 +279,12 @@ _SHAPE_REWARDS = Exercise("rlhf_course.rlhf:shape_rewards", _shape_probes, (
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s / mask.sum(0).clamp(min=1), mask.sum(0) - 1)),
         ("You always took k1: hand the estimator on to token_kl.",
          lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
-    )),
-    *(("You let a response without tokens pass: its score would land on another row. Raise a ValueError.", wrong) for wrong in (
-        lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 1).clamp(min=0)),
-        lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1),
-        lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s * mask.any(0), mask.sum(0) - 1))),
+    ) for version in (_refusing(wrong), wrong)),
+    ("You let a response without tokens pass: its score would land on another row. Raise a ValueError.",
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
     *(("A response without tokens ends in an error of another kind, whose message would not say what is wrong: test for it at the top, and raise a ValueError.",
        _raising(error)) for error in (RuntimeError, IndexError, AssertionError, TypeError)),
-))
+), relevant=_any_is_wrong)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #27bcc399
 def _whiten_probes() -> list[Call]:
