@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from .bank_ppo import digits_lost
 from .checks import Call, Exercise, call
 
 # %% ../nbs/93b_bank_rlhf.ipynb #59b6b3c2
@@ -27,7 +28,9 @@ def _lengths_mask(n_rows: int, *lengths: int) -> Tensor:
 def _chosen_probes() -> list[Call]:
     "Several shapes, lengths and temperatures, and logits so large that a softmax underflows."
     ids = torch.tensor([[0, 3, 1, 6], [5, 5, 0, 2], [4, 1, 2, 2]])
-    return [call(_random(3, 4, 7, seed=0), ids, _lengths_mask(4, 4, 2, 3), 0.7), call(_random(3, 4, 7, seed=1), ids, _lengths_mask(4, 1, 4, 2)),
+    mask = _lengths_mask(4, 1, 4, 2)
+    spoilt = _random(3, 4, 7, seed=1).where(mask.T[..., None], torch.tensor([math.nan, math.nan, math.inf])[:, None, None])
+    return [call(_random(3, 4, 7, seed=0), ids, _lengths_mask(4, 4, 2, 3), 0.7), call(spoilt, ids, mask),
             call(_random(1, 2, 3, seed=2), torch.tensor([[2, 0]]), _lengths_mask(2, 2), 2.0),
             call(_random(3, 4, 7, seed=3), ids, _lengths_mask(4, 3, 3, 1), 1.3),
             call(_random(3, 4, 7, seed=4, scale=300.0), ids, _lengths_mask(4, 2, 4, 4), 0.5)]
@@ -53,40 +56,62 @@ def _cut_off(logits, k):
     return logits.masked_fill(logits < logits.topk(k, -1).values[..., -1:], -math.inf).log_softmax(-1)
 
 
+def _quiet_padding(wrong):
+    "A wrong answer that puts zeros into the logits of the padding before anything else."
+    return lambda logits, ids, mask, temperature=1.0: wrong(logits.masked_fill(~mask.T[..., None], 0.0), ids, mask, temperature)
+
+
 _CHOSEN_LOGPROBS = Exercise("rlhf_course.token_rewards:chosen_logprobs", _chosen_probes, (
     ("You ignored the temperature: the sampler divided the logits by it, so divide them before they are normalised.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy(logits.log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy(logits.log_softmax(-1))))),
     ("You multiplied by the temperature: the logits are divided by it.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits * temperature).log_softmax(-1), ids), _entropy((logits * temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits * temperature).log_softmax(-1), ids), _entropy((logits * temperature).log_softmax(-1))))),
     ("You divided the log-probabilities by the temperature: divide the logits, and normalise after that.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1) / temperature, ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1) / temperature, ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("Your entropy is that of the model at temperature 1: it is the distribution that was sampled from that counts.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy(logits.log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy(logits.log_softmax(-1))))),
     ("You shifted by one: here logits[:, t] is already the state in which token t was chosen.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 1, 0)),
-                                                      _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 1, 0)),
+                                                      _entropy((logits / temperature).log_softmax(-1))))),
     ("You counted the padding: both results are 0 where the mask is False.",
      lambda logits, ids, mask, temperature=1.0: (_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
     ("You masked the log-probabilities and forgot the entropy: it is 0 in the padding too.",
      lambda logits, ids, mask, temperature=1.0: (_of_chosen((logits / temperature).log_softmax(-1), ids).where(mask, 0.0), _entropy((logits / temperature).log_softmax(-1)))),
     ("Your result is batch first: transpose it, so that time comes first, as in compute_gae.",
-     lambda logits, ids, mask, temperature=1.0: tuple(x.T for x in _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: tuple(x.T for x in _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))))),
     ("The sign of your entropy is wrong: it is minus the sum of p log p, and never negative.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), -_entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), -_entropy((logits / temperature).log_softmax(-1))))),
     ("Your entropy is the surprise at the chosen token: the entropy is its mean over the vocabulary, whatever was chosen.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, (lp := _of_chosen((logits / temperature).log_softmax(-1), ids)), -lp)),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, (lp := _of_chosen((logits / temperature).log_softmax(-1), ids)), -lp))),
     ("Your entropy is in bits: natural logarithms are wanted, nats.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / math.log(2))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / math.log(2)))),
     ("You returned the probabilities of the tokens: the logarithm is missing.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("You cut off the tail (top-k) before you normalised: we sample from all tokens, so all of them share the probability.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(_cut_off(logits / temperature, 2), ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(_cut_off(logits / temperature, 2), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("You took the logarithm of a softmax: where the softmax underflows to 0 it is -inf. Use log_softmax.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1).log(), ids), _entropy((logits / temperature).softmax(-1).log()))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).softmax(-1).log(), ids), _entropy((logits / temperature).softmax(-1).log())))),
     ("You turned the sign round: that is the loss of each token, and its log-probability is asked for.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, -_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, -_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
     ("The two results are the wrong way round: first log-probabilities, then entropies.",
-     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))[::-1]),
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))[::-1])),
+    ("You ignored the temperature in the log-probabilities: they too are those of the distribution that was sampled from.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits.log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("You did not normalise: a logit is a log-probability only after log_softmax.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen(logits / temperature, ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("You normalised over the positions: probabilities add up to 1 over the vocabulary, the last dimension.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(1), ids), _entropy((logits / temperature).log_softmax(1))))),
+    ("Your entropy is divided by the size of the vocabulary: it is a sum over the tokens, weighted by their probabilities.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)) / logits.shape[-1]))),
+    ("You took the likeliest token: the log-probability of the one in token_ids is wanted.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, (logits / temperature).log_softmax(-1).amax(-1).T, _entropy((logits / temperature).log_softmax(-1))))),
+    ("You shifted by one: here logits[:, t] is already the state in which token t was chosen.",
+     _quiet_padding(lambda logits, ids, mask, temperature=1.0: _both(mask, torch.nn.functional.pad(_of_chosen((logits / temperature).log_softmax(-1)[:, :-1], ids[:, 1:]), (0, 0, 0, 1)),
+                                                      _entropy((logits / temperature).log_softmax(-1))))),
+    ("You multiplied by the mask: NaN or infinity in the padding times 0 is NaN. Put zeros into the logits there before the maths, and choose with torch.where.",
+     lambda logits, ids, mask, temperature=1.0: tuple(mask * x for x in (_of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1))))),
+    ("You masked after the maths: your numbers are right, but where the padding holds NaN the gradient is 0 times NaN. Put zeros into the logits there first.",
+     lambda logits, ids, mask, temperature=1.0: _both(mask, _of_chosen((logits / temperature).log_softmax(-1), ids), _entropy((logits / temperature).log_softmax(-1)))),
 ), gradients=True)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #289e9605
@@ -109,33 +134,56 @@ def _log_ratio(logprobs, ref_logprobs, mask):
     return (logprobs - ref_logprobs).where(mask, 0.0)
 
 
+def _answering_to(estimator_error, wrong=lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator)):
+    "A function that returns None for an unknown estimator, or raises another error."
+    def answers(lp, ref, mask, estimator="k1"):
+        try:
+            return wrong(lp, ref, mask, estimator)
+        except ValueError:
+            if estimator_error: raise estimator_error(estimator)
+    return answers
+
+
 _TOKEN_KL = Exercise("rlhf_course.token_rewards:token_kl", _token_kl_probes, (
-    ("You turned the log-ratio round: it is the policy's minus the reference's, positive where the policy made the token likelier.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(ref, lp, mask), estimator)),
-    ("You counted the padding: the estimate is 0 where the mask is False, whatever stands there.",
-     lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator)),
-    ("You multiplied by the mask: infinity times 0 is NaN. Choose with torch.where.",
-     lambda lp, ref, mask, estimator="k1": _estimate((lp - ref) * mask, estimator)),
-    ("Your k3 has the ratio upside down: the tokens were drawn by the policy, so the ratio is reference over policy, e^{-l}.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: x.exp() - 1 - x)),
-    ("Your k3 lacks the -1: it is 0 where both agree.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() + x)),
-    ("In your k3 the log-ratio has the wrong sign: e^{-l} - 1 + l is never negative, and e^{-l} - 1 - l often is.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1 - x)),
-    ("Your k3 lacks the log-ratio: e^{-l} - 1 is 0 on average and measures nothing.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1)),
-    ("Your k2 lacks the factor of one half.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x * x)),
-    ("Your k2 is the absolute value: it is half the square.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x.abs())),
-    ("You clamped k1 at 0: a single estimate may well be negative, and without those the mean is wrong.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).clamp(min=0)),
-    ("You added up the tokens: one number for each token is wanted.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum(0)),
+    *((mistake, version) for mistake, wrong in (
+        ("You turned the log-ratio round: it is the policy's minus the reference's, positive where the policy made the token likelier.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(ref, lp, mask), estimator)),
+        ("You counted the padding: the estimate is 0 where the mask is False, whatever stands there.",
+         lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator)),
+        ("You multiplied by the mask: infinity times 0 is NaN. Choose with torch.where.",
+         lambda lp, ref, mask, estimator="k1": _estimate((lp - ref) * mask, estimator)),
+        ("Your k3 has the ratio upside down: the tokens were drawn by the policy, so the ratio is reference over policy, e^{-l}.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: x.exp() - 1 - x)),
+        ("Your k3 lacks the -1: it is 0 where both agree.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() + x)),
+        ("In your k3 the log-ratio has the wrong sign: e^{-l} - 1 + l is never negative, and e^{-l} - 1 - l often is.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1 - x)),
+        ("Your k3 lacks the log-ratio: e^{-l} - 1 is 0 on average and measures nothing.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k3=lambda x: (-x).exp() - 1)),
+        ("Your k2 lacks the factor of one half.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x * x)),
+        ("Your k2 is the absolute value: it is half the square.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator, k2=lambda x: x.abs())),
+        ("You clamped k1 at 0: a single estimate may well be negative, and without those the mean is wrong.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).clamp(min=0)),
+        ("You added up the tokens: one number for each token is wanted.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum(0)),
+        ("You weighted by the probability of the token: it was drawn with that probability already.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator) * lp.where(mask, 0.0).exp()),
+        ("You have the sign of all three wrong: positive where the policy has made the token likelier.",
+         lambda lp, ref, mask, estimator="k1": -_estimate(_log_ratio(lp, ref, mask), estimator)),
+        ("You took the mean over the tokens: one number for each token is wanted.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).sum() / mask.sum()),
+        ("You took the absolute value of k1: a single estimate may well be negative, and without those the mean is wrong.",
+         lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator).abs()),
+        ("You masked after the maths: your numbers are right, but where the padding holds an infinity the gradient is 0 times NaN. Mask the log-ratio first.",
+         lambda lp, ref, mask, estimator="k1": _estimate(lp - ref, estimator).where(mask, 0.0)),
+    ) for version in (wrong, _answering_to(None, wrong))),
     ("You let a name pass that does not exist: another estimator than k1, k2 and k3 is a ValueError.",
      lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator if estimator in ("k1", "k2") else "k3")),
-    ("You weighted by the probability of the token: it was drawn with that probability already.",
-     lambda lp, ref, mask, estimator="k1": _estimate(_log_ratio(lp, ref, mask), estimator) * lp.where(mask, 0.0).exp()),
+    ("You let a name pass that does not exist: another estimator than k1, k2 and k3 is a ValueError.", _answering_to(None)),
+    *(("Another estimator than k1, k2 and k3 ends in an error of another kind: raise a ValueError that names the three.", _answering_to(error)) for error in (
+        KeyError, NotImplementedError, AssertionError, TypeError, UnboundLocalError)),
 ), gradients=True)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #93dbe249
@@ -148,48 +196,95 @@ def _shape_probes() -> list[Call]:
 
 
 def _priced(lp, ref, mask, price, estimator="k1"):
-    "Minus the price of each token. Refuses a column without tokens."
-    if not mask.any(0).all(): raise ValueError("no tokens")
+    "Minus the price of each token."
     return -price * _estimate(_log_ratio(lp, ref, mask), estimator)
 
 
 def _added(rewards, scores, rows):
-    "The rewards with the score of each column added at one of its rows."
-    return rewards + scores * (torch.arange(len(rewards))[:, None] == rows)
+    "The rewards with the score of each column added at one of its rows; -1 is the last one, as in an index."
+    return rewards + scores * (torch.arange(len(rewards))[:, None] == rows.where(rows >= 0, rows + len(rewards)))
+
+
+def _refusing(wrong):
+    "A wrong answer that refuses a response without tokens."
+    def refuses(s, lp, ref, mask, *, kl_coef, estimator="k1"):
+        if not mask.any(0).all(): raise ValueError("no tokens")
+        return wrong(s, lp, ref, mask, kl_coef=kl_coef, estimator=estimator)
+    return refuses
+
+
+def _any_is_wrong(rewards, scores, lp, ref, mask, **_):
+    "The rewards; where a response has no tokens there are none, and it does not matter what is returned in their place."
+    return rewards if mask.any(0).all() else "rewards"
+
+
+def _out_of_range(error, mask):
+    "What an index does that is the number of tokens, where a column is full."
+    if mask.all(0).any(): raise error("index is out of bounds")
+
+
+def _raising(error):
+    "The right answer, with another error for a column without tokens."
+    def wrong(s, lp, ref, mask, *, kl_coef, estimator="k1"):
+        if not mask.any(0).all(): raise error("no tokens")
+        return _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)
+    return wrong
 
 
 _SHAPE_REWARDS = Exercise("rlhf_course.token_rewards:shape_rewards", _shape_probes, (
-    ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
-    ("You gave the score to every token: a response is judged once, at its last token.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask),
-    ("You spread the score over the tokens: the whole of it belongs to the last one.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask / mask.sum(0).clamp(min=1)),
-    ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.full_like(mask.sum(0), len(mask) - 1))),
-    ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
-    ("You put the score one row too early: the end token counts, and the score belongs to it.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 2).clamp(min=0))),
-    ("You put the score at the first token: it is known when the response is complete, at the last one.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.zeros_like(mask.sum(0)))),
-    ("You charged for the padding: the reward is 0 where the mask is False.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, torch.ones_like(mask) if mask.any(0).all() else mask, kl_coef, estimator), s, mask.sum(0) - 1)),
-    ("You overwrote the last token's price with the score: the score is added to it.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator).scatter(0, (mask.sum(0) - 1)[None], s[None])),
-    ("You charged the whole response at its last token: each token pays for itself.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s + _priced(lp, ref, mask, kl_coef, estimator).sum(0), mask.sum(0) - 1)),
-    ("You multiplied the score by kl_coef too: the price belongs to the divergence alone.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), kl_coef * s, mask.sum(0) - 1)),
-    ("You divided the price by the number of tokens: the penalty is for the whole response, so the tokens' prices add up.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator) / mask.sum(0).clamp(min=1), s, mask.sum(0) - 1)),
-    ("You forgot the price: kl_coef times the divergence is subtracted.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, 1.0, estimator), s, mask.sum(0) - 1)),
-    ("You always took k1: hand the estimator on to token_kl.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
+    *((mistake, version) for mistake, wrong in (
+        ("The sign of the price is wrong: moving away from the reference costs, so the divergence is subtracted.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+        ("You gave the score to every token: a response is judged once, at its last token.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask),
+        ("You spread the score over the tokens: the whole of it belongs to the last one.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask / mask.sum(0).clamp(min=1)),
+        ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.full_like(mask.sum(0), len(mask) - 1))),
+        ("You put the score in the last row: where a response is shorter that is padding. Its last token is at row mask.sum(0) - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s * mask * (torch.arange(len(mask)) == len(mask) - 1)[:, None]),
+        ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+        ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _out_of_range(RuntimeError, mask) or _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+        ("You put the score one row too late, behind the last token: with n tokens the last one is at row n - 1.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _out_of_range(IndexError, mask) or _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0))),
+        ("You put the score one row too early: the end token counts, and the score belongs to it.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, (mask.sum(0) - 2).clamp(min=0))),
+        ("You put the score at the first token: it is known when the response is complete, at the last one.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, torch.zeros_like(mask.sum(0)))),
+        ("You charged for the padding: the reward is 0 where the mask is False.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, torch.ones_like(mask), kl_coef, estimator), s, mask.sum(0) - 1)),
+        ("You overwrote the last token's price with the score: the score is added to it.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator).scatter(0, (mask.sum(0) - 1).remainder(len(mask))[None], s[None])),
+        ("You charged the whole response at its last token: each token pays for itself.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s + _priced(lp, ref, mask, kl_coef, estimator).sum(0), mask.sum(0) - 1)),
+        ("You multiplied the score by kl_coef too: the price belongs to the divergence alone.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), kl_coef * s, mask.sum(0) - 1)),
+        ("You divided the price by the number of tokens: the penalty is for the whole response, so the tokens' prices add up.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator) / mask.sum(0).clamp(min=1), s, mask.sum(0) - 1)),
+        ("You forgot the price: kl_coef times the divergence is subtracted.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, 1.0, estimator), s, mask.sum(0) - 1)),
+        ("You left out the price of moving away: minus kl_coef times the divergence, at each token.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(0 * lp, s, mask.sum(0) - 1)),
+        ("The sign of the score is wrong: it is added.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), -s, mask.sum(0) - 1)),
+        ("You have policy and reference the wrong way round: the divergence is that of logprobs from ref_logprobs.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(ref, lp, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+        ("You added up what comes after each token: that is the return, and compute_gae does it.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1).flip(0).cumsum(0).flip(0)),
+        ("You gave the score to every row, padding too: a response is judged once, at its last token.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _priced(lp, ref, mask, kl_coef, estimator) + s),
+        ("You divided the score by the number of tokens: all of it belongs to the last one.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s / mask.sum(0).clamp(min=1), mask.sum(0) - 1)),
+        ("You always took k1: hand the estimator on to token_kl.",
+         lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef), s, mask.sum(0) - 1)),
+    ) for version in (_refusing(wrong), wrong)),
     ("You let a response without tokens pass: its score would land on another row. Raise a ValueError.",
-     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(-kl_coef * _estimate(_log_ratio(lp, ref, mask), estimator), s, (mask.sum(0) - 1).clamp(min=0))),
-))
+     lambda s, lp, ref, mask, *, kl_coef, estimator="k1": _added(_priced(lp, ref, mask, kl_coef, estimator), s, mask.sum(0) - 1)),
+    *(("A response without tokens ends in an error of another kind, whose message would not say what is wrong: test for it at the top, and raise a ValueError.",
+       _raising(error)) for error in (RuntimeError, IndexError, AssertionError, TypeError)),
+), relevant=_any_is_wrong)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #27bcc399
 def _whiten_probes() -> list[Call]:
@@ -231,6 +326,11 @@ _WHITEN_MASKED = Exercise("rlhf_course.token_rewards:whiten_masked", _whiten_pro
      lambda x, mask, keep_mean=False, eps=1e-8: ((x - x[mask].mean()) / (x[mask].var() + eps).sqrt() + (x[mask].mean() if keep_mean else 0)) * mask),
     ("To keep the mean you did not centre at all: then the mean is divided too. Subtract it, divide, add it back.",
      lambda x, mask, keep_mean=False, eps=1e-8: (x / (x[mask].var() + eps).sqrt()).where(mask, 0.0) if keep_mean else _white(x, mask, False, eps)),
+    ("You added the mean to the padding too: it is 0 in the result.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, False, eps) + (x[mask].mean() if keep_mean else 0)),
+    ("You took the mean of the squares for the variance: subtract the mean before you square.",
+     lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps, variance=lambda kept: (kept**2).mean())),
+    ("You returned only the entries that count: the shape stays, with 0 in the padding.", lambda x, mask, keep_mean=False, eps=1e-8: _white(x, mask, keep_mean, eps)[mask]),
     ("You whitened each response by itself: one mean and one variance over all tokens of the batch.",
      lambda x, mask, keep_mean=False, eps=1e-8: torch.stack([_white(a, m, keep_mean, eps, variance=lambda kept: kept.var(correction=min(1, len(kept) - 1))) for a, m in zip(x.T, mask.T)], 1)),
 ))
@@ -272,6 +372,14 @@ _ADAPT_KL_COEF = Exercise("rlhf_course.token_rewards:adapt_kl_coef", _adapt_prob
      lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(1 - target / kl if kl else -1.0) * n / horizon)),
     ("You clipped the ratio to [-0.2, 0.2] before you took 1 off: clip the error.",
      lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + (_clipped(kl / target) - 1) * n / horizon)),
+    ("You took the absolute value of the error: below the target the price falls.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + abs(_clipped(kl / target - 1)) * n / horizon)),
+    ("You divided whole numbers with //: n / horizon is a share.", lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl / target - 1) * (n // horizon))),
+    ("You let n / horizon count for at most 1: a rollout longer than the horizon moves the price by more.",
+     lambda kl_coef, kl, target, n, horizon: kl_coef * (1 + _clipped(kl / target - 1) * min(1, n / horizon))),
+    ("You took the exponential: the factor is 1 plus the step.", lambda kl_coef, kl, target, n, horizon: kl_coef * math.exp(_clipped(kl / target - 1) * n / horizon)),
+    ("You kept the price above 0 by force: 0 stays 0, it then means no price at all.", lambda kl_coef, kl, target, n, horizon: max(1e-3, kl_coef * (1 + _clipped(kl / target - 1) * n / horizon))),
+    ("You returned the error: the new price is wanted.", lambda kl_coef, kl, target, n, horizon: _clipped(kl / target - 1)),
     ("You returned the factor: multiply the old price by it.",
      lambda kl_coef, kl, target, n, horizon: 1 + _clipped(kl / target - 1) * n / horizon),
 ))
@@ -302,6 +410,13 @@ _OPTIMAL_POLICY = Exercise("rlhf_course.optimal_policy:optimal_policy", _optimal
      lambda ref, r, beta: (ref + r / beta).softmax(-1)),
     ("You multiplied probabilities and took the logarithm at the end: e^{r / beta} overflows or underflows. Add logarithms.",
      lambda ref, r, beta: (lambda w: (w / w.sum(-1, keepdim=True)).log())(ref.exp() * (r / beta).exp())),
+    ("You took the logarithm of a softmax: where the softmax underflows to 0 it is -inf. Use log_softmax.", lambda ref, r, beta: (ref + r / beta).softmax(-1).log()),
+    ("You subtracted the largest entry and did not normalise: that guards against overflow, log Z has still to be subtracted.",
+     lambda ref, r, beta: (lambda x: x - x.amax(-1, keepdim=True))(ref + r / beta)),
+    ("You lost the dimension of log Z, so that it meets the wrong rows or none: use keepdim=True.", lambda ref, r, beta: (lambda x: x - x.logsumexp(-1))(ref + r / beta)),
+    ("You took the exponential of the reward: the exponential of r / beta has the logarithm r / beta.", lambda ref, r, beta: (ref + r.exp() / beta).log_softmax(-1)),
+    ("You standardised the rewards first: their scale is what beta is measured against.",
+     lambda ref, r, beta: (ref + (r - r.mean(-1, keepdim=True)) / r.std(-1, keepdim=True) / beta).log_softmax(-1)),
     ("You divided the reference by beta too: only the reward is divided by it.",
      lambda ref, r, beta: ((ref + r) / beta).log_softmax(-1)),
     ("You normalised the whole table: each row is a prompt of its own, so normalise over the last dimension.",
@@ -345,6 +460,14 @@ _IMPLIED_REWARDS = Exercise("rlhf_course.optimal_policy:implied_rewards", _impli
      lambda lp, ref, beta: _less_mean(beta * (ref - lp), ref.exp())),
     ("You forgot beta: the same change stands for more reward where a nat costs more.",
      lambda lp, ref, beta: _less_mean(lp - ref, ref.exp())),
+    ("You forgot beta in the mean: it is the mean of the rewards themselves.", lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * (lp - ref)).sum(-1, keepdim=True)),
+    ("You multiplied by beta twice.", lambda lp, ref, beta: beta * _less_mean(beta * (lp - ref), ref.exp())),
+    ("You took the mean of weighted rewards: the weights add up to 1 already, so add up.",
+     lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * beta * (lp - ref)).mean(-1, keepdim=True)),
+    ("You subtracted the largest reward: the mean under the reference is to be 0.", lambda lp, ref, beta: beta * (lp - ref) - (beta * (lp - ref)).amax(-1, keepdim=True)),
+    ("You took the mean over the first dimension, the prompts: responses are the last one.", lambda lp, ref, beta: beta * (lp - ref) - (ref.exp() * beta * (lp - ref)).sum(0, keepdim=True)),
+    ("You subtracted probabilities: the reward is in the difference of their logarithms.", lambda lp, ref, beta: _less_mean(beta * (lp.exp() - ref.exp()), ref.exp())),
+    ("You divided the log-probabilities: the logarithm of a ratio is a difference of logarithms.", lambda lp, ref, beta: _less_mean(beta * (lp / ref), ref.exp())),
     ("You divided by beta: r = beta log(pi / ref) + a constant.",
      lambda lp, ref, beta: _less_mean((lp - ref) / beta, ref.exp())),
     ("You used the ratio of the probabilities itself: its logarithm is the reward.",
@@ -389,6 +512,11 @@ def _by_level(of_level):
     return lambda ref, rewards, n: ref.double() + of_level(*_shares_below(ref, rewards), n).log()
 
 
+def _single_where_lost(found, ref, rewards, n):
+    "The result, as float32 where it is right but for digits that single precision has lost, and ref had them."
+    return found.float() if ref.dtype == torch.float64 and digits_lost([found], [_by_level(lambda f, g, m, n: (f**n - g**n) / m)(ref, rewards, n)]) else found
+
+
 _BEST_OF_N_POLICY = Exercise("rlhf_course.optimal_policy:best_of_n_policy", _best_of_n_probes, (
     ("You broke ties by the order of the responses: equal rewards share in proportion to the reference.", _in_order),
     ("You gave every tied response the probability of the whole level: divide by the level's mass and multiply with the reference.",
@@ -411,48 +539,88 @@ _BEST_OF_N_POLICY = Exercise("rlhf_course.optimal_policy:best_of_n_policy", _bes
      lambda ref, rewards, n: (lambda f, g, m: ((f**n - g**n) / m).log())(*_shares_below(ref, rewards))),
     ("You took the probability that all draws have at most this reward, F^n: that some draw has it needs F_-^n subtracted.",
      _by_level(lambda f, g, m, n: f**n / m)),
-    ("You returned float32: work in float64 from the first exp on, and stay there.",
-     lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()).float())(*_shares_below(ref, rewards))),
-))
+    *(("You left float64: work in it from the first exp on, and return it.", wrong) for wrong in (
+        lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()).float())(*_shares_below(ref, rewards)),
+        lambda ref, rewards, n: (lambda f, g, m: (ref.double() + ((f**n - g**n) / m).log()))(*(x.float() for x in _shares_below(ref, rewards))),
+        lambda ref, rewards, n: (lambda f, g, m: (ref.float() + ((f**n - g**n) / m).log()).double())(*(x.float() for x in _shares_below(ref, rewards))))),
+    ("You kept the order of the sorted rewards: put each result back to where its response stands.", lambda ref, rewards, n: _in_order(ref, rewards, n)[rewards.argsort(stable=True)]),
+    ("You took the probability that a response is drawn at all, 1 - (1 - p)^n: it also has to be the best of the draws.", lambda ref, rewards, n: (1 - (1 - ref.double().exp()) ** n).log()),
+    ("You raised the reference to the power n: what is drawn n times need not be the same response.", lambda ref, rewards, n: (n * ref.double()).log_softmax(0)),
+    ("You counted one draw too many: the power is n, not n + 1.", _by_level(lambda f, g, m, n: (f ** (n + 1) - g ** (n + 1)) / m)),
+    ("You used the density n F^(n-1), and normalised: that is for rewards without ties and responses of tiny probability.",
+     lambda ref, rewards, n: (lambda f, g, m: (ref.double() + (n - 1) * f.log()).log_softmax(0))(*_shares_below(ref, rewards))),
+), relevant=_single_where_lost)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #5071c139
 def _gao_fit_probes() -> list[Call]:
-    "Noisy gains at several distances, with and without a distance of 0."
+    "Noisy gains at several distances, with and without a distance of 0; in the last both coefficients are negative."
     generator = torch.Generator().manual_seed(30)
     noise = lambda n: 0.3 * torch.randn(n, generator=generator)
     few, many = torch.tensor([0.3, 0.9, 1.7, 2.4, 3.9]), torch.linspace(0, 5, 21)
     return [call(few, 1.0 * few - 0.5 * few * few.log() + noise(5)), call(many, 0.8 * many - 0.6 * torch.xlogy(many, many) + noise(21)),
             call(torch.tensor([0.0, 0.5, 0.0, 2.0, 3.0, 1.0]), torch.tensor([0.1, 0.4, -0.2, 1.0, 0.2, 0.9])),
-            call(2 * few, 0.3 * few + noise(5))]
+            call(2 * few, few * few.log() - 0.8 * few + noise(5))]
 
 
 def _solved(gains, *columns):
     "The coefficients of the columns by least squares, as floats."
-    return tuple(torch.linalg.lstsq(torch.stack(columns, 1).double(), gains.double()[:, None]).solution[:, 0].tolist())
+    return tuple(torch.linalg.lstsq(torch.stack(columns, 1), gains[:, None]).solution[:, 0].tolist())
+
+
+def _law(d, gains):
+    "The right answer, in the precision of its arguments."
+    return _solved(gains, d, -torch.xlogy(d, d))
+
+
+def _unless_zero(d, gains):
+    "As torch does with a nan in the columns: most builds raise, some return nan."
+    if not (d > 0).all(): raise RuntimeError("torch.linalg.lstsq: illegal value")
+    return _law(d, gains)
+
+
+def _with_precision(found, distances, gains):
+    "The coefficients, and whether they have the digits of double precision."
+    return (*found, "single precision" if digits_lost(found, _law(distances.double(), gains.double())) else "double precision")
+
+
+def _in_double(wrong):
+    "A wrong answer in double precision."
+    return lambda distances, gains: wrong(distances.double(), gains.double())
 
 
 _GAO_FIT = Exercise("rlhf_course.overoptimization:gao_fit", _gao_fit_probes, (
     ("You have the sign of beta wrong: the law subtracts beta d log d, so the second column is -d log d.",
-     lambda d, gains: _solved(gains, d, torch.xlogy(d, d))),
+     _in_double(lambda d, gains: _solved(gains, d, torch.xlogy(d, d)))),
     ("You fitted an intercept as well: at distance 0 nothing is gained, so there is none.",
-     lambda d, gains: _solved(gains, torch.ones_like(d), d, -torch.xlogy(d, d))[1:]),
+     _in_double(lambda d, gains: _solved(gains, torch.ones_like(d), d, -torch.xlogy(d, d))[1:])),
     ("You used the logarithm to base 10: the natural one is wanted.",
-     lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / 2.302585092994046)),
+     _in_double(lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / 2.302585092994046))),
     ("You took the logarithm of the divergence, d squared: the distance d itself stands under it.",
-     lambda d, gains: _solved(gains, d, -2 * torch.xlogy(d, d))),
+     _in_double(lambda d, gains: _solved(gains, d, -2 * torch.xlogy(d, d)))),
     ("You left out the d before the logarithm: the second column is -d log d.",
-     lambda d, gains: _solved(gains, d, -torch.where(d > 0, d.clamp(min=1e-30).log(), 0.0))),
-    ("At distance 0 your column is nan: the limit of d log d is 0, which torch.xlogy gives.",
-     lambda d, gains: _solved(gains, d, -d * d.log()) if (d > 0).all() else (float("nan"), float("nan"))),
+     _in_double(lambda d, gains: _solved(gains, d, -torch.where(d > 0, d.clamp(min=1e-30).log(), 0.0)))),
+    *(("At distance 0 your column is nan: the limit of d log d is 0, which torch.xlogy gives.", wrong) for wrong in (
+        _in_double(lambda d, gains: _law(d, gains) if (d > 0).all() else (math.nan, math.nan)), _in_double(lambda d, gains: _unless_zero(d, gains)))),
     ("You returned beta first: alpha, then beta.",
-     lambda d, gains: _solved(gains, -torch.xlogy(d, d), d)),
+     _in_double(lambda d, gains: _solved(gains, -torch.xlogy(d, d), d))),
     ("You fitted d (alpha - beta d), which is the form for best-of-n: reinforcement learning has a logarithm.",
-     lambda d, gains: _solved(gains, d, -(d**2))),
+     _in_double(lambda d, gains: _solved(gains, d, -(d**2)))),
     ("You divided the gains by d before the fit, which counts errors near 0 for more: minimise the squares of the gains' own errors.",
-     lambda d, gains: _solved((gains / d)[d > 0], torch.ones_like(d[d > 0]), -d[d > 0].log())),
+     _in_double(lambda d, gains: _solved((gains / d)[d > 0], torch.ones_like(d[d > 0]), -d[d > 0].log()))),
     ("You used d squared, the divergence itself, in both columns: the law is in d, its square root.",
-     lambda d, gains: _solved(gains, d**2, -torch.xlogy(d**2, d**2))),
-))
+     _in_double(lambda d, gains: _solved(gains, d**2, -torch.xlogy(d**2, d**2)))),
+    ("You kept the coefficients from being negative: they are what fits best, whatever their sign.", _in_double(lambda d, gains: tuple(max(x, 0.0) for x in _law(d, gains)))),
+    ("You kept the coefficients from being negative: they are what fits best, whatever their sign.", _in_double(lambda d, gains: (lambda a, b: (a, max(b, 0.0)))(*_law(d, gains)))),
+    ("You kept the coefficients from being negative: they are what fits best, whatever their sign.", _in_double(lambda d, gains: tuple(abs(x) for x in _law(d, gains)))),
+    ("You used the logarithm to base 2: the natural one is wanted.", _in_double(lambda d, gains: _solved(gains, d, -torch.xlogy(d, d) / math.log(2)))),
+    ("You took log(1 + d): at 0 the product d log d has the limit 0 as it is.", _in_double(lambda d, gains: _solved(gains, d, -d * torch.log1p(d)))),
+    ("Both signs are wrong: gains are fitted by alpha d - beta d log d.", _in_double(lambda d, gains: _solved(gains, -d, torch.xlogy(d, d)))),
+    ("You took the root of the distances: they are roots of divergences already.", _in_double(lambda d, gains: _law(d.sqrt(), gains))),
+    *(("You worked in single precision, which loses digits: convert both arguments with .double() before the first product or logarithm.", wrong) for wrong in (
+        _law, lambda d, gains: _solved(gains.double(), d.double(), -torch.xlogy(d, d).double()))),
+    *(("At distance 0 your column is nan, and you worked in single precision: take torch.xlogy, of distances in float64.", wrong) for wrong in (
+        lambda d, gains: _law(d, gains) if (d > 0).all() else (math.nan, math.nan), lambda d, gains: _unless_zero(d, gains))),
+), relevant=_with_precision)
 
 # %% ../nbs/93b_bank_rlhf.ipynb #6d4fde19
 def _conservative_scores_probes() -> list[Call]:
@@ -477,6 +645,13 @@ _CONSERVATIVE_SCORES = Exercise("rlhf_course.overoptimization:conservative_score
      lambda s, penalty=1.0: s.mean(0) - s.std(0)),
     ("You returned the mean: the disagreement is not penalised.",
      lambda s, penalty=1.0: s.mean(0)),
+    ("You took the minimum and the penalty too: the mean minus penalty times the standard deviation is wanted.", lambda s, penalty=1.0: s.amin(0) - penalty * s.std(0)),
+    ("You added the models' scores up: their mean is wanted.", lambda s, penalty=1.0: s.sum(0) - penalty * s.std(0)),
+    ("You subtracted the penalty itself: it is multiplied by the standard deviation.", lambda s, penalty=1.0: s.mean(0) - penalty),
+    ("You subtracted the mean absolute distance: the standard deviation is the root of the mean square.", lambda s, penalty=1.0: s.mean(0) - penalty * (s - s.mean(0)).abs().mean(0)),
+    ("You took the median: the mean of the models is wanted.", lambda s, penalty=1.0: s.median(0).values - penalty * s.std(0)),
+    ("You subtracted the variance: the standard deviation has the unit of a score.", lambda s, penalty=1.0: s.mean(0) - penalty * s.var(0, correction=0)),
+    ("You returned one number a model and response: the mean over the models is wanted, (B,).", lambda s, penalty=1.0: s - penalty * s.std(0)),
     ("You used the standard error of the mean: do not divide by the square root of M, the question is how far the models are apart.",
      lambda s, penalty=1.0: s.mean(0) - penalty * s.std(0) / len(s) ** 0.5),
     ("You took one standard deviation over the whole table: each response has its own.",

@@ -27,6 +27,7 @@ def chosen_logprobs(
 
     Source: Ziegler et al. (2019), whose code divides by the temperature everywhere; Huang et al. (2024).
     """
+    logits = logits.masked_fill(~mask.T[..., None], 0.0)  # before the maths: NaN there would get into the gradient, as 0 times NaN
     log_p = torch.log_softmax(logits / temperature, dim=-1)
     logprobs = log_p.gather(-1, token_ids[..., None]).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
