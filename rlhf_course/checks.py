@@ -354,11 +354,11 @@ def _tensors_in(value: object) -> list:
     return [value] if _is_tensor(value) and value.is_floating_point() else []
 
 
-def _gradients(fn: Callable, arguments: Mapping[str, object]) -> dict:
-    "The gradient with respect to each floating-point tensor among the arguments; None where none flows."
+def _gradients(fn: Callable, arguments: Mapping[str, object], wanted: bool | tuple[str, ...]) -> dict:
+    "The gradient with respect to each wanted floating-point tensor among the arguments; None where none flows."
     import torch
     leaves = {name: value.clone().requires_grad_() for name, value in arguments.items()
-              if _is_tensor(value) and value.is_floating_point()}
+              if _is_tensor(value) and value.is_floating_point() and (wanted is True or name in wanted)}
     tried = {**copy.deepcopy(dict(arguments)), **{name: leaf.clone() for name, leaf in leaves.items()}}
     try:
         outputs = _tensors_in(fn(*tried.values()))
@@ -370,7 +370,7 @@ def _gradients(fn: Callable, arguments: Mapping[str, object]) -> dict:
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True)))
 
 
-def _outcome(fn: Callable, probe: inspect.BoundArguments, gradients: bool = False) -> _Outcome:
+def _outcome(fn: Callable, probe: inspect.BoundArguments, gradients: bool | tuple[str, ...] = False) -> _Outcome:
     "What comes of calling `fn` on a copy of the probe."
     args, kwargs = copy.deepcopy((probe.args, probe.kwargs))
     try:
@@ -379,7 +379,7 @@ def _outcome(fn: Callable, probe: inspect.BoundArguments, gradients: bool = Fals
             value = fn(*args, **kwargs)
             after = probe.signature.bind(*args, **kwargs).arguments
             changed = tuple(name for name, before in probe.arguments.items() if _difference(before, after[name], 0, 0))
-            flow = _gradients(fn, probe.arguments) if gradients and not kwargs else None
+            flow = _gradients(fn, probe.arguments, gradients) if gradients and not kwargs else None
     except Exception as error:
         return _Outcome(error=error)
     return _Outcome(value, None, changed, flow)
@@ -534,7 +534,7 @@ class Exercise:
     solution: str  # where the course's own function stands, "package.module:function"
     probes: Callable[[], list[Call]]  # the inputs to try, made anew and the same at each call
     wrong: tuple[tuple[str, Callable], ...]  # known mistakes, at least three: a sentence to the learner, a function
-    gradients: bool = False  # whether gradients with respect to the floating-point arguments are compared too
+    gradients: bool | tuple[str, ...] = False  # arguments whose gradients are compared too; True: of all that are floating point
     relevant: Callable | None = None  # (output, *args) -> the part of the output that counts; None: all of it
     rtol: float = 1e-5  # largest relative difference of a right answer
     atol: float = 1e-6  # largest absolute difference of a right answer
