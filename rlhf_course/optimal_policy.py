@@ -42,8 +42,8 @@ def response_tree(
     Raises: ValueError for more than a million responses, or fewer than two tokens.
     """
     others = torch.tensor([token for token in range(n_tokens) if token != eos_token_id])
-    if max_new_tokens < 2 or len(others) ** max_new_tokens > 1_000_000:
-        raise bad_argument("response_tree", "max_new_tokens", "at least 2, with at most a million responses", max_new_tokens, "take a smaller world, such as the nano arena")
+    if max_new_tokens < 2 or len(others) ** max_new_tokens > 1_000_000 or sum(len(others) ** n for n in range(max_new_tokens + 1)) > 1_000_000:
+        raise bad_argument("response_tree", "max_new_tokens", "at least 2, with at most 1,000,000 responses in all", f"{max_new_tokens} with {n_tokens} tokens", "take a smaller world, such as the nano arena")
     ids, mask = enumerate_responses(n_tokens, eos_token_id, max_new_tokens)
     contexts = torch.cartesian_prod(*[others] * (max_new_tokens - 1)).reshape(-1, max_new_tokens - 1)
     digits = (torch.searchsorted(others, ids) * (mask & (ids != eos_token_id)))[:, :-1]  # a context is a number with V - 1 digits
@@ -104,8 +104,11 @@ def optimal_policy(
 ) -> Tensor:  # log-probability of every response under the best policy, same shape
     """The policy with the highest mean reward minus beta times divergence: the reference times exp(reward / beta), normalised.
 
+    Raises: ValueError for a beta that is not above 0.
     Source: Korbak et al. (2022), section 3; Rafailov et al. (2023), equation 4.
     """
+    if not beta > 0:
+        raise bad_argument("optimal_policy", "beta", "above 0", beta, "a small beta, such as 1e-3, stands for no price at all")
     return torch.log_softmax(ref_logprobs + rewards / beta, -1)
 
 # %% ../nbs/06a_optimal_policy.ipynb #686521fd
@@ -114,7 +117,12 @@ def log_partition(
     rewards: Tensor,  # of every response, same shape
     beta: float,  # price of a nat, above 0
 ) -> Tensor:  # log Z, (...,)
-    "The logarithm of Z; beta times it is the objective of the best policy."
+    """The logarithm of Z; beta times it is the objective of the best policy.
+
+    Raises: ValueError for a beta that is not above 0.
+    """
+    if not beta > 0:
+        raise bad_argument("log_partition", "beta", "above 0", beta, "a small beta, such as 1e-3, stands for no price at all")
     return torch.logsumexp(ref_logprobs + rewards / beta, -1)
 
 # %% ../nbs/06a_optimal_policy.ipynb #5fc110a8
@@ -146,14 +154,20 @@ def best_of_n_policy(
     rewards: Tensor,  # of every response, (N,) float
     n: int,  # draws of which the best is kept, at least 1
 ) -> Tensor:  # log-probability of every response under best-of-n, (N,) float64
-    "The exact distribution of the best of n independent responses of the reference; among equal rewards the reference decides."
+    """The exact distribution of the best of n independent responses of the reference; among equal rewards the reference decides.
+
+    Raises: ValueError for n below 1.
+    """
+    if not n >= 1:
+        raise bad_argument("best_of_n_policy", "n", "at least 1", n, "1 is the reference itself")
     levels, place = rewards.unique(return_inverse=True)
-    mass = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, place, ref_logprobs.double().exp())
-    mass = mass / mass.sum()
-    at_most = mass.cumsum(0)
-    log_all_below = n * torch.log1p(-mass / at_most)  # log of (F_- / F)^n
-    log_level = n * at_most.log() + (-torch.expm1(log_all_below)).log()  # log of F^n - F_-^n
-    return ref_logprobs.double() + (log_level - mass.log())[place]
+    ref = ref_logprobs.double().log_softmax(0).clamp(min=-1e100)  # all that follows stays a logarithm, so that no probability is too small
+    top = torch.full((len(levels),), -math.inf, dtype=torch.float64).scatter_reduce_(0, place, ref, "amax")
+    mass = top + torch.zeros_like(top).index_add_(0, place, (ref - top[place]).exp()).log()
+    at_most = mass.logcumsumexp(0)  # log F
+    share = (mass - at_most).clamp(min=-600)  # log of (F - F_-) / F; lower than that, the next line has its limit, log n
+    gain = (-torch.expm1(n * torch.log1p(-share.exp()))).log() - share  # 1 - (F_- / F)^n over 1 - F_- / F
+    return ref_logprobs.double() + ((n - 1) * at_most + gain)[place]
 
 # %% ../nbs/06a_optimal_policy.ipynb #7bea7f8a
 def best_of_n_kl(

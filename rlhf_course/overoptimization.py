@@ -27,14 +27,14 @@ Measure = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts a
 class WatchedReward:
     "A reward function that notes the means of its scores and of other measures, batch by batch."
 
-    reward_fn: RewardFn  # what PPO sees
+    reward_fn: RewardFn | Measure  # what PPO sees
     measures: Mapping[str, Measure]  # name -> what else to measure on the same responses
     rows: list[dict[str, float]] = field(default_factory=list)  # one a call: `proxy` and the measures, means over the batch
     texts: list[list[tuple[str, str]]] = field(default_factory=list, repr=False)  # one a call: pairs of prompt and response
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        "The scores, unchanged, (B,) float."
-        scores = self.reward_fn(prompts, responses)
+        "The scores, unchanged, (B,)."
+        scores = torch.as_tensor(self.reward_fn(prompts, responses))
         means = {name: float(torch.as_tensor(measure(prompts, responses), dtype=torch.float64).mean()) for name, measure in self.measures.items()}
         self.rows.append({"proxy": float(scores.double().mean()), **means})
         self.texts.append(list(zip(prompts, responses)))
@@ -42,7 +42,7 @@ class WatchedReward:
 
 # %% ../nbs/06b_overoptimization.ipynb #172e5bfc
 def standardise_rewards(
-    reward_fn: RewardFn,  # prompts and responses -> scores
+    reward_fn: RewardFn | Measure,  # prompts and responses -> scores, a tensor or a list
     prompts: Sequence[str],  # N texts, at least two
     responses: Sequence[str],  # N texts that the model before tuning wrote
 ) -> RewardFn:  # the same scores, shifted and scaled
@@ -50,11 +50,11 @@ def standardise_rewards(
 
     Raises: ValueError where all scores are the same.
     """
-    scores = reward_fn(prompts, responses).double()
+    scores = torch.as_tensor(reward_fn(prompts, responses), dtype=torch.float64)
     mean, std = float(scores.mean()), float(scores.std())
     if not std > 0:
         raise bad_argument("standardise_rewards", "reward_fn", "a function whose scores vary", f"{mean:.4g} for every response", "look at the reward model")
-    return lambda prompts, responses: (reward_fn(prompts, responses) - mean) / std
+    return lambda prompts, responses: (torch.as_tensor(reward_fn(prompts, responses)) - mean) / std
 
 # %% ../nbs/06b_overoptimization.ipynb #d15d7317
 def running_mean(
