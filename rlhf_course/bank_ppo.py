@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import Call, Exercise, call
 from .policy_gradient import masked_mean, zero_masked
-from .ppo import masked_variance
+from .surrogate import masked_variance
 
 # %% ../nbs/93a_bank_ppo.ipynb #8c41ea4f
 def _trace(terms: Tensor, carry: Tensor, forward: bool = False) -> Tensor:
@@ -264,7 +264,7 @@ def _surrogate(logprobs, old, advantages, mask=None, clip_coef=0.2, sign=-1.0, r
     return sign * mean(choose(r * advantages, clip(r, clip_coef) * advantages), mask)
 
 
-_SURROGATE = Exercise("rlhf_course.ppo:clipped_surrogate_loss", _surrogate_probes, (
+_SURROGATE = Exercise("rlhf_course.surrogate:clipped_surrogate_loss", _surrogate_probes, (
     ("The sign is turned round: the objective is to be made large, so the loss is minus its mean.",
      lambda *a, **k: _surrogate(*a, **k, sign=1.0)),
     ("You took the maximum of the two products: it is the smaller one that makes the objective a pessimistic bound.",
@@ -312,7 +312,7 @@ def _kl(logprobs, old, mask=None, estimate=lambda x: torch.expm1(x) - x, mean=ma
     return mean(estimate(logprobs - old), mask)
 
 
-_APPROX_KL = Exercise("rlhf_course.ppo:approx_kl", _kl_probes, (
+_APPROX_KL = Exercise("rlhf_course.surrogate:approx_kl", _kl_probes, (
     ("This is k1, minus the log-ratio: right on average, but noisy and often negative.", lambda *a: _kl(*a, estimate=lambda x: -x)),
     ("This is the mean log-ratio, whose sign is that of neither divergence: k3 is (exp(x) - 1) - x.", lambda *a: _kl(*a, estimate=lambda x: x)),
     ("This is k2, half the squared log-ratio: it is biased for large moves.", lambda *a: _kl(*a, estimate=lambda x: x ** 2 / 2)),
@@ -346,7 +346,7 @@ def _explained(values, returns, mask=None, part=lambda v, r, m: masked_variance(
     return torch.where(total > 0, share(part(values, returns, mask), total), otherwise)
 
 
-_EXPLAINED = Exercise("rlhf_course.ppo:explained_variance", _explained_probes, (
+_EXPLAINED = Exercise("rlhf_course.surrogate:explained_variance", _explained_probes, (
     ("You took the mean squared error: a constant error costs nothing here, so take the variance of the errors.",
      lambda *a: _explained(*a, part=lambda v, r, m: masked_mean((r - v) ** 2, m))),
     ("You divided by the variance of the values: it is the variance of the returns that is to be explained.",
@@ -383,7 +383,7 @@ def _normal(actions, mean, log_std, std=lambda s: s.exp(), exponent=lambda z: -0
     return gather(exponent((actions - mean) / std(log_std)) - log * log_std - constant)
 
 
-_GAUSSIAN = Exercise("rlhf_course.ppo:gaussian_logprob", _gaussian_probes, (
+_GAUSSIAN = Exercise("rlhf_course.agents:gaussian_logprob", _gaussian_probes, (
     ("You took log_std for the standard deviation: divide by its exponential.", lambda *a: _normal(*a, std=lambda s: s.sign() * s.abs().clamp(min=1e-3))),
     ("You took log_std for the logarithm of the variance: the standard deviation is its exponential, not the root of that.",
      lambda *a: _normal(*a, std=lambda s: (0.5 * s).exp())),
@@ -425,7 +425,7 @@ def _moments(mean, variance, count, batch, ddof=0, between=lambda delta, share: 
     return mean + move(delta, s), (1 - s) * variance + s * spread + between(delta, s), total(count, len(batch))
 
 
-_MOMENTS = Exercise("rlhf_course.ppo:combine_moments", _moments_probes, (
+_MOMENTS = Exercise("rlhf_course.environments:combine_moments", _moments_probes, (
     ("You left out the distance of the two means: numbers around 0 and numbers around 50 vary more together than each alone.",
      lambda *a: _moments(*a, between=lambda delta, share: 0 * delta)),
     ("The distance of the means has to be squared.", lambda *a: _moments(*a, between=lambda delta, share: abs(delta) * share * (1 - share))),
