@@ -12,9 +12,9 @@ def chosen_logprobs_by_entries(logits, token_ids, mask, temperature=1.0):
         for b in range(logits.shape[0]):
             row = logits[b, t] / temperature
             total = torch.logsumexp(row, 0)
-            counts = bool(mask[t, b])
-            logprobs.append(row[token_ids[b, t]] - total if counts else 0 * row[0])
-            entropy.append(total - (torch.softmax(row, 0) * row).sum() if counts else 0 * row[0])
+            counts, zero = bool(mask[t, b]), row.new_zeros(())
+            logprobs.append(row[token_ids[b, t]] - total if counts else zero)
+            entropy.append(total - (torch.softmax(row, 0) * row).sum() if counts else zero)
     return torch.stack(logprobs).view(mask.shape), torch.stack(entropy).view(mask.shape)
 
 

@@ -22,26 +22,23 @@ from torch.testing import assert_close
 
 from rlhf_course.reward_model import new_reward_model, score_responses
 from rlhf_course.rlhf import (
-    KLSnapshots,
     PolicyWithValue,
     RLHFConfig,
     TrainingState,
-    adapt_kl_coef,
     center_rewards,
     collect_rollout,
     evaluate_tokens,
     load_checkpoint,
-    out_of_band,
     rollout_advantages,
     rollout_stats,
     save_checkpoint,
-    score_rollout,
-    shape_rewards,
     train_rlhf,
     update_policy,
 )
+from rlhf_course.rlhf_lab import KLSnapshots, draw_dashboard, out_of_band
 from rlhf_course.tiny_arena import tiny_arena, utility
 from rlhf_course.tiny_lm import encode_prompts, load_tiny_lm, sample_responses, tiny_llama, train_bpe_tokenizer
+from rlhf_course.token_rewards import adapt_kl_coef, score_rollout, shape_rewards
 
 ARENA = tiny_arena()
 MODEL, TOKENIZER = load_tiny_lm()
@@ -175,12 +172,41 @@ def test_finished_training_is_not_repeated(tmp_path):
     assert train(again, checkpoint_dir=tmp_path, checkpoint_every=5, reward_fn=None) == history and same_weights(first, again)
 
 
-@pytest.mark.parametrize("changed", [{"config": replace(SMALL, seed=1)}, {"prompts": ARENA.prompts[:9]}])
-def test_folder_of_another_training_is_refused(changed, tmp_path):
-    """Other settings or prompts would go on from weights that are not theirs."""
+@pytest.mark.parametrize(("what", "changed"), [("config", {"config": replace(SMALL, seed=1)}), ("prompts", {"prompts": ARENA.prompts[:9]})])
+def test_folder_of_another_training_is_refused(what, changed, tmp_path):
+    """Other settings or prompts would go on from weights that are not theirs; the error says which they are."""
     train(new_policy(), checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match="checkpoint_dir"):
+    with pytest.raises(ValueError, match=f"with other {what}; .* for any other name another folder"):
         train(new_policy(), checkpoint_dir=tmp_path, **changed)
+    (tmp_path / "training.json").write_text("not ours")
+    with pytest.raises(ValueError, match="with other config and prompts and weights; "):
+        train(new_policy(), checkpoint_dir=tmp_path)
+
+
+def test_interrupted_training_says_how_to_go_on(tmp_path):
+    """Ctrl-C after an update: the half-tuned policy is refused, with what to do instead; the untuned one ends as if nothing had happened."""
+
+    def interrupt(update, rollout, stats):
+        if update == 1:
+            raise KeyboardInterrupt
+
+    policy, again, whole = new_policy(), new_policy(), new_policy()
+    with pytest.raises(KeyboardInterrupt):
+        train(policy, checkpoint_dir=tmp_path, callbacks=[interrupt])
+    with pytest.raises(ValueError, match="with other weights; .* goes on with the settings, the prompts and the untuned policy") as refused:
+        train(policy, checkpoint_dir=tmp_path)
+    assert "delete" not in str(refused.value)
+    assert train(again, checkpoint_dir=tmp_path)[0]["update"] == 0
+    train(whole)
+    assert same_weights(again, whole)
+
+
+def test_steps_between_checkpoints_are_whole_numbers(tmp_path):
+    """0 would divide by zero at the first update; the error comes before anything is computed or written."""
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="`checkpoint_every` should be a whole number from 1 on"):
+            train(new_policy(), checkpoint_dir=tmp_path / "run", checkpoint_every=wrong)
+    assert not (tmp_path / "run").exists()
 
 
 # Rewards that fail.
@@ -277,7 +303,7 @@ def test_reward_model_with_another_tokenizer():
     with tempfile.TemporaryDirectory() as folder:
         language_model.save_pretrained(folder)
         reward_model = new_reward_model(folder, other)
-    centred = center_rewards(reward, MODEL, TOKENIZER, ARENA.prompts[:8], SMALL)
+    centred = center_rewards(lambda p, r: reward(p, r).tolist(), MODEL, TOKENIZER, ARENA.prompts[:8], SMALL)  # a list of numbers will do
     history = train(new_policy(), reward_fn=centred)
     assert len(history) == 2 and len(other) != len(TOKENIZER) and all("<" not in text for text in seen)
 
@@ -300,13 +326,38 @@ def test_divergence_that_explodes_stops_with_advice(tmp_path):
     with pytest.warns(UserWarning, match="raise kl_coef, lower learning_rate"):
         history = train(new_policy(), config, checkpoint_dir=tmp_path)
     assert len(history) < 6 and all(row["kl"] <= 5 for row in history)
-    with pytest.warns(UserWarning, match="raise kl_coef, lower learning_rate"):
+    with pytest.warns(UserWarning, match="raise kl_coef, lower learning_rate.*name another checkpoint_dir"):
         assert train(new_policy(), config, checkpoint_dir=tmp_path) == history
+
+
+def test_stop_leaves_a_checkpoint(tmp_path):
+    """Between two checkpoints the training is stopped: what was done until then is kept, and going on draws the same rollout and stops again."""
+    config = replace(SMALL, n_updates=6, learning_rate=0.03, kl_coef=0.0, max_kl=5.0)
+    stopped, again = new_policy(), new_policy()
+    with pytest.warns(UserWarning, match="stopped before update") as first:
+        history = train(stopped, config, checkpoint_dir=tmp_path, checkpoint_every=100)
+    assert history and [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{len(history)}"]
+    with pytest.warns(UserWarning, match="stopped before update") as second:
+        assert train(again, config, checkpoint_dir=tmp_path, checkpoint_every=100) == history
+    stops = [[str(w.message) for w in caught if "stopped before update" in str(w.message)] for caught in (first, second)]
+    assert stops[0] == stops[1] and same_weights(stopped, again)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [
+    *((name, value) for name in ("n_updates", "batch_size", "max_new_tokens", "kl_horizon", "n_epochs", "minibatch_size") for value in (0, 2.5)),
+    *((name, value) for name in ("temperature", "learning_rate", "value_learning_rate", "clip_coef", "max_grad_norm", "max_kl") for value in (0.0, -1.0, math.nan)),
+    *((name, value) for name in ("gamma", "gae_lambda") for value in (-0.1, 1.1, math.nan)),
+    *((name, value) for name in ("kl_coef", "vf_coef") for value in (-0.1, math.nan)), *(("missing_end_score", value) for value in (math.nan, -math.inf)),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(name, wrong):
+    """Counts are whole numbers from 1 on, the rest lies where the formulas ask for it."""
+    with pytest.raises(ValueError, match=f"RLHFConfig: `{name}` should be"):
+        RLHFConfig(**{name: wrong})
 
 
 def test_gradient_that_is_not_finite_is_an_error(tmp_path):
     """A value head that overflows: an error that names the update, and no checkpoint of broken weights."""
-    with pytest.raises(FloatingPointError, match="at update [0-2]"), warnings.catch_warnings():
+    with pytest.raises(FloatingPointError, match="at update [0-2], .*begin anew with the untuned policy .*name another checkpoint_dir"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(new_policy(), replace(SMALL, n_updates=4, value_learning_rate=1e30, vf_coef=1e30, max_kl=1e9), checkpoint_dir=tmp_path)
     for place in tmp_path.glob("checkpoint-*"):
@@ -377,6 +428,26 @@ def test_dropout_is_off():
     policy = PolicyWithValue(model)
     asked = [policy(ids, mask, 3)[0] for _ in range(2)]
     assert torch.equal(*asked)
+
+
+def test_training_switches_dropout_off():
+    """Policy and reference handed over in training mode, with dropout: both agree in the first rollout, and the same seed gives the same."""
+    model = tiny_llama(TOKENIZER, hidden_size=64, n_layers=1)
+    model.config.attention_dropout = model.model.layers[0].self_attn.attention_dropout = 0.5
+    ends = []
+    for _ in range(2):
+        policy, reference = PolicyWithValue(copy.deepcopy(model), copy.deepcopy(model)).train(), copy.deepcopy(model).train()
+        history = train(policy, replace(SMALL, n_epochs=1, minibatch_size=8), ref_model=reference)
+        assert abs(history[0]["kl"]) < 1e-4 and history[0]["clipfrac"] == 0 and not any(m.training for m in (*policy.modules(), *reference.modules()))
+        ends.append(policy)
+    assert same_weights(*ends)
+
+
+def test_dashboard_without_rows_is_refused():
+    """No run, and a run that has not begun."""
+    for nothing in ([], [[]]):
+        with pytest.raises(ValueError, match="draw_dashboard: `histories` should be"):
+            draw_dashboard(nothing)
 
 
 def test_finished_rows_cost_nothing():
