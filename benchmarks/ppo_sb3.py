@@ -28,9 +28,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
+from rlhf_course.agents import make_agent
 from rlhf_course.checks import record_result
 from rlhf_course.policy_gradient import compute_gae
-from rlhf_course.ppo import PPOConfig, Rollout, evaluate, make_agent, update
+from rlhf_course.ppo import PPOConfig, Rollout, evaluate, update
 from rlhf_course.ppo_lab import (
     SB3_EXPERIMENT, SB3_SETTING, SETTINGS, environment_speed, greedy_returns, lab_envs, solve, time_shares,
 )  # fmt: skip

@@ -23,10 +23,13 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from torch import Tensor
 
+from .agents import make_agent
 from .checks import bad_argument
+from .environments import RewardScaler, to_environment
 from .plots import LessonFigure, figure_to_png, new_figure
 from .policy_gradient import compute_gae
-from .ppo import PPOConfig, RewardScaler, make_agent, ppo_loss, rollout, to_environment, train, update, value_loss
+from .ppo import PPOConfig, rollout, train, update
+from .surrogate import ppo_loss, value_loss
 
 # %% ../nbs/05d_bug_clinic.ipynb #1970aad4
 class DockingEnv(VectorEnv):

@@ -17,8 +17,10 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
+from .agents import ActorCritic, make_agent, orthogonal_layer
 from .checks import bad_argument
-from .ppo import ActorCritic, PPOConfig, RewardScaler, RunningMoments, evaluate, make_agent, orthogonal_layer, rollout, train, update
+from .environments import RewardScaler, RunningMoments
+from .ppo import PPOConfig, evaluate, rollout, train, update
 
 # %% ../nbs/05e_ppo_lab.ipynb #2d0e4f67
 @dataclass(frozen=True)

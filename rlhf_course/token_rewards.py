@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks import bad_argument
 from .policy_gradient import masked_mean, zero_masked
-from .ppo import masked_variance
+from .surrogate import masked_variance
 
 # %% ../nbs/05f_token_rewards.ipynb #9f16cd60
 def chosen_logprobs(

@@ -368,7 +368,7 @@ ANOTHER_WAY = {"rao_kupper": rao_kupper_by_rows, "bayes_accuracy": bayes_accurac
 
 def test_bank_and_lessons_hold_the_same_exercises():
     """Every flagged function has an entry, and every entry a flagged function in the module it names."""
-    modules = {name: f"rlhf_course.{re.sub(r'^[0-9]+[a-z]?_', '', path.stem)}:{name}" for name, (path, _, _) in CELLS.items()}
+    modules = {name: f"rlhf_course.{re.sub(r'^[0-9]+[a-z]*_', '', path.stem)}:{name}" for name, (path, _, _) in CELLS.items()}
     assert modules == {name: exercise.solution for name, exercise in EXERCISES.items()}
     assert len(CELLS) >= 3
 
@@ -640,7 +640,7 @@ def test_learners_notebook_is_the_lesson_without_its_answers(path):
     """Same cells in order; no output from the first exercise on; no directive of nbdev; no line of a solution."""
     lesson, learner = read_notebook(path), read_notebook(FOLDER / path.name)
     ids = [cell.id for cell in learner.cells]
-    expected = [cell.id for cell in lesson.cells if cell.source.strip() != f"#| default_exp {re.sub('^[0-9]+[a-z]?_', '', path.stem)}"]
+    expected = [cell.id for cell in lesson.cells if cell.source.strip() != f"#| default_exp {re.sub('^[0-9]+[a-z]*_', '', path.stem)}"]
     assert [one for one in ids if one != "your-copy"] == expected
     names, sources = exercise_names(lesson), [cell.source for cell in learner.cells]
     first = next(i for i, source in enumerate(sources) if "raise NotImplementedError" in source)

@@ -20,25 +20,12 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torch import nn
 from torch.testing import assert_close
 
+from rlhf_course.agents import Categorical, make_agent
+from rlhf_course.environments import RewardScaler, RunningMoments, Stream
 from rlhf_course.policy_gradient import compute_gae
-from rlhf_course.ppo import (
-    Categorical,
-    Checkpoint,
-    LiveDashboard,
-    PPOConfig,
-    RewardScaler,
-    RunningMoments,
-    Stream,
-    dashboard,
-    evaluate,
-    make_agent,
-    masked_variance,
-    normalize_advantages,
-    rollout,
-    shuffled_minibatches,
-    train,
-    update,
-)
+from rlhf_course.ppo import PPOConfig, evaluate, rollout, shuffled_minibatches, train, update
+from rlhf_course.surrogate import masked_variance, normalize_advantages
+from rlhf_course.watching import Checkpoint, LiveDashboard, dashboard
 
 SHORT = PPOConfig(total_steps=3 * 4 * 8, n_steps=8, n_epochs=2, n_minibatches=2)
 TIMING = {"seconds", "steps_per_second"}
@@ -346,7 +333,10 @@ TRAINING = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has Ctrl-C switched off
 import gymnasium as gym
-from rlhf_course.ppo import *
+from rlhf_course.agents import make_agent
+from rlhf_course.environments import RewardScaler, RunningMoments
+from rlhf_course.ppo import PPOConfig, train
+from rlhf_course.watching import Checkpoint
 from safetensors.torch import save_file
 
 folder, n_updates = sys.argv[1], 12

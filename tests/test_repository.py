@@ -78,7 +78,7 @@ def test_badge_and_set_up_follow_the_title(path):
 def test_opening_cells_stand_in_order(path):
     """default_exp, exported imports, imports of the tests; the module is named as the notebook."""
     default_exp, imports, test_imports = read_notebook(path).cells[3:6]
-    module = re.sub(r"^\d+[a-z]?_", "", path.stem)
+    module = re.sub(r"^\d+[a-z]*_", "", path.stem)
     assert default_exp.source.strip() == f"#| default_exp {module}"
     assert "export" in cell_flags(imports)
     assert test_imports.cell_type == "code" and not cell_flags(test_imports) & {"export", "exporti"}
