@@ -367,7 +367,7 @@ _SURROGATE = Exercise("rlhf_course.surrogate:clipped_surrogate_loss", _surrogate
         lambda *a, **k: _masked_late(*a, **k, mean=lambda x, mask: x[mask].mean()))),
     ("Where no step counts you divide 0 by 0: the loss is 0 there, as masked_mean has it.",
      lambda *a, **k: _surrogate(*a, **k, mean=lambda x, mask: x.mean() if mask is None else x[mask].mean())),
-), gradients=True)
+), gradients=("logprobs",))
 
 # %% ../nbs/93a_bank_ppo.ipynb #10866fe4
 def _kl_probes() -> list[Call]:

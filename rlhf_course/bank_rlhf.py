@@ -184,7 +184,7 @@ _TOKEN_KL = Exercise("rlhf_course.token_rewards:token_kl", _token_kl_probes, (
     ("You let a name pass that does not exist: another estimator than k1, k2 and k3 is a ValueError.", _answering_to(None)),
     *(("Another estimator than k1, k2 and k3 ends in an error of another kind: raise a ValueError that names the three.", _answering_to(error)) for error in (
         KeyError, NotImplementedError, AssertionError, TypeError, UnboundLocalError)),
-), gradients=True)
+), gradients=("logprobs",))
 
 # %% ../nbs/93b_bank_rlhf.ipynb #93dbe249
 def _shape_probes() -> list[Call]:

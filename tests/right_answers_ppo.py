@@ -59,7 +59,7 @@ def following_values_by_entries(values, last_values, done, final_values=None):
     return following
 
 
-# Lesson 05b.
+# Lessons 05aa to 05ac.
 
 
 def counted(mask, *tensors):
@@ -68,8 +68,8 @@ def counted(mask, *tensors):
 
 
 def clipped_surrogate_loss_by_cases(logprobs, old_logprobs, advantages, mask=None, clip_coef=0.2):
-    """An advantage times the ratio, cut off above for good actions and below for bad ones."""
-    new, old, advantages = counted(mask, logprobs, old_logprobs, advantages)
+    """An advantage times the ratio, cut off above for good actions and below for bad ones; the data are detached, as they are data."""
+    new, old, advantages = counted(mask, logprobs, old_logprobs.detach(), advantages.detach())
     ratio = new.exp() / old.exp()
     good = ratio.clamp(max=1 + clip_coef) * advantages
     bad = ratio.clamp(min=1 - clip_coef) * advantages

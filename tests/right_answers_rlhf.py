@@ -1,4 +1,4 @@
-"""Right answers to the exercises of lessons 06, 06a and 06b, written in another way than the solutions."""
+"""Right answers to the exercises of lessons 05f, 06a and 06b, written in another way than the solutions."""
 
 import math
 
@@ -19,8 +19,8 @@ def chosen_logprobs_by_entries(logits, token_ids, mask, temperature=1.0):
 
 
 def token_kl_by_selection(logprobs, ref_logprobs, mask, estimator="k1"):
-    """Only the tokens that count, put back into zeros; the ratio reference over policy from its logarithm."""
-    log_r = ref_logprobs[mask] - logprobs[mask]
+    """Only the tokens that count, put back into zeros; the ratio reference over policy from its logarithm; the reference is data."""
+    log_r = ref_logprobs.detach()[mask] - logprobs[mask]
     estimates = {"k1": lambda: -log_r, "k2": lambda: log_r.square() / 2, "k3": lambda: (torch.special.expm1(log_r) - log_r)}
     if estimator not in estimates:
         raise ValueError(estimator)
