@@ -1,7 +1,7 @@
 """Samples per second of a whole PPO update on a language model, beside TRL's experimental PPOTrainer.
 
     pip install --no-deps "trl==1.12.*"        (the last release that has one; best in an environment of its own)
-    python benchmarks/rlhf_ppo.py
+    python benchmarks/rlhf_ppo.py [--record]
 
 A Llama of 7.3 million parameters with random weights, 16 prompts of 48 tokens, 32 new tokens each, a reward model of the same size, four epochs of one
 minibatch, one thread. An update is everything: sampling, log-probabilities, reference, values, reward, and the steps of the optimizer. The two
@@ -9,6 +9,7 @@ take turns, update by update, from the same weights; the ratio is the median of 
 policy has its value head on its own; `own backbone` is the course's with a second one as well, and tells how much of the ratio that is.
 With LoRA both adapt queries, keys and values, and take the reference from the same weights with the adapters switched off.
 The aims are at least 1.5 times TRL with full weights, and twice with LoRA. Without TRL the course's side is measured alone.
+With --record benchmarks/results/rlhf_ppo.json keeps all seconds of both sides and the parts of ours.
 """
 
 import argparse
@@ -25,6 +26,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
+from records import keep
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PrinterCallback, TrainerCallback
 from transformers.utils import logging
@@ -87,10 +89,10 @@ class Ours:
         self.times.append((sampling, middle - start - sampling, end - middle))
         return end - start
 
-    def profile(self) -> str:
-        """The medians of the parts, after the first update."""
+    def shares(self) -> dict[str, float]:
+        """The part of each in an update, by the medians after the first one."""
         parts = [statistics.median(column) for column in zip(*self.times[1:])]
-        return "  ".join(f"{name} {part / sum(parts):.0%}" for name, part in zip(("sampling", "scoring", "optimizer steps"), parts))
+        return {name: part / sum(parts) for name, part in zip(("sampling", "scoring", "optimizer steps"), parts)}
 
 
 class TakeTurns(TrainerCallback):
@@ -131,7 +133,9 @@ def trl_side(model, reward_model, tokenizer, prompts: list[str], lora: bool, cal
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="keep what was measured")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -143,6 +147,7 @@ def main() -> None:
     assert isinstance(reward_model, LlamaForSequenceClassification)
     prompts = make_prompts(tokenizer, BATCH * (ROUNDS + 1))
     print(f"{model.num_parameters() / 1e6:.1f} million parameters, batch {BATCH}, {PROMPT_TOKENS} prompt tokens, {NEW_TOKENS} new tokens, {EPOCHS} epochs, one thread")
+    measured = {}
     for kind, lora in (("full weights", False), ("LoRA", True)):
         ours = {"rlhf_course": Ours(model, reward_model, tokenizer, prompts, lora)}
         if not lora:
@@ -160,8 +165,11 @@ def main() -> None:
                 if "TRL" in turns.seconds:
                     ratios = [a / b for a, b in zip(turns.seconds["TRL"][1:], seconds[1:])]
                     line += f"   {statistics.median(ratios):.2f} times TRL ({min(ratios):.2f} to {max(ratios):.2f})"
-                line += f"   {ours[name].profile()}"
+                line += "   " + "  ".join(f"{part} {share:.0%}" for part, share in ours[name].shares().items())
             print(line, flush=True)
+        measured[kind] = {"seconds": turns.seconds, "shares": {name: side.shares() for name, side in ours.items()}}
+    if arguments.record:
+        keep("rlhf_ppo", {"trl": "1.12", "batch_size": BATCH, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "n_epochs": EPOCHS, "rounds": ROUNDS}, measured)
 
 
 if __name__ == "__main__":

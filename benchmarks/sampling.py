@@ -1,13 +1,15 @@
 """Useful tokens a second of the course's sampler, beside transformers' `generate`.
 
-    python benchmarks/sampling.py
+    python benchmarks/sampling.py [--record]
 
 The same small Llama, prompts, batch of 64 and one thread. Responses may be as long as eight times their median, so that a few long ones
 keep the batch waiting: `generate` computes all rows until the last has ended, the course's sampler drops a row with its end token. Useful
 tokens are those up to the end token. The two take turns with the same seeds; the last column is the median of the ratios of
 seven rounds. The aim is at least 1.8. The second table counts the places that each computes, useful or not.
+With --record benchmarks/results/sampling.json keeps the rates of all rounds.
 """
 
+import argparse
 import os
 import statistics
 import time
@@ -15,6 +17,7 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from records import keep
 from transformers import GenerationConfig
 
 from rlhf_course.tiny_arena import tiny_arena
@@ -31,6 +34,9 @@ def useful(response_ids: torch.Tensor, eos: int) -> tuple[int, int]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", help="keep what was measured")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_tiny_lm()
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -70,6 +76,8 @@ def main() -> None:
               f"{tokens[name]:6d} useful of {places[name]:6d} computed ({tokens[name] / places[name]:.0%})")
     ratios = [a / b for a, b in zip(rates["rlhf_course"], rates["transformers"])]
     print(f"ratio, median of {ROUNDS} rounds: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    if arguments.record:
+        keep("sampling", {"batch_size": BATCH, "rounds": ROUNDS, "max_new_tokens": longest}, {"useful_tokens_per_second": rates, "computed": places, "useful": tokens})
 
 
 if __name__ == "__main__":
