@@ -429,22 +429,23 @@ def _explained_probes() -> list[Call]:
     g = torch.Generator().manual_seed(2)
     returns = torch.randn(7, generator=g) * 3
     values, mask = returns + torch.randn(7, generator=g), torch.tensor([True, True, False, True, True, False, True])
-    return [call(values, returns), call(returns + 5, returns), call(-returns, returns), call(torch.zeros(7), returns), call(values, torch.ones(7)),
+    return [call(values, returns), call(returns + 5, returns), call(-returns, returns), call(torch.zeros(7), returns), call(values, torch.ones(7)), call(values, torch.full((7,), 0.1)),
             call(torch.where(mask, values, torch.nan), returns, mask), call(torch.randn(3, 4, generator=g), torch.randn(3, 4, generator=g))]
 
 
 def _explained(values, returns, mask=None, part=lambda v, r, m: masked_variance(r - v, m), whole=lambda v, r, m: masked_variance(r, m),
-               share=lambda part, whole: 1 - part / whole, otherwise=torch.nan):
-    "The share, with choices in the places where learners choose otherwise."
+               share=lambda part, whole: 1 - part / whole, otherwise=torch.nan, by_rounding=False):
+    "The share, with choices in the places where learners choose otherwise; `by_rounding`: a variance above 0 is taken for returns that vary."
+    known = returns if mask is None else returns[mask]
     values, returns = zero_masked(mask, values, returns)
     total = whole(values, returns, mask)
-    return torch.where(total > 0, share(part(values, returns, mask), total), otherwise)
+    return torch.where(total > 0 if by_rounding else known.max() != known.min(), share(part(values, returns, mask), total), otherwise)
 
 
 def _correlation(values, returns, mask=None):
     "Of values and returns, NaN where the returns do not vary."
     v, r = (x.flatten() if mask is None else x[mask] for x in (values, returns))
-    return torch.where(r.var() > 0, ((v - v.mean()) * (r - r.mean())).sum() / ((len(r) - 1) * v.std() * r.std()), torch.nan)
+    return torch.where(r.max() != r.min(), ((v - v.mean()) * (r - r.mean())).sum() / ((len(r) - 1) * v.std() * r.std()), torch.nan)
 
 
 def _huge_as_infinite(share: Tensor, *_: Tensor) -> Tensor:
@@ -470,7 +471,10 @@ _EXPLAINED = Exercise("rlhf_course.surrogate:explained_variance", _explained_pro
     ("You clipped it at 0: predictions that do harm have a negative share.",
      lambda *a: _explained(*a, share=lambda part, whole: (1 - part / whole).clamp(min=0))),
     *(("Where the returns do not vary the result is NaN: there is nothing to explain.", wrong) for wrong in (
-        lambda *a: _explained(*a, otherwise=0.0), lambda *a: _explained(*a, otherwise=1.0))),
+        lambda *a: _explained(*a, otherwise=0.0), lambda *a: _explained(*a, otherwise=1.0),
+        lambda *a: _explained(*a, otherwise=0.0, by_rounding=True), lambda *a: _explained(*a, otherwise=1.0, by_rounding=True))),
+    ("You took the variance to see whether the returns vary: that of seven times 0.1 is rounded to 6e-17. Compare the largest with the smallest.",
+     lambda *a: _explained(*a, by_rounding=True)),
     ("You divided by 0 or nearly 0 where the returns do not vary, which gives an infinite or a huge number: the result is NaN there, there is nothing to explain.",
      lambda *a: _explained(*a, otherwise=-torch.inf)),
     *(("You put zeros at masked steps and counted them: the variances are those of the steps that count, as masked_variance takes them.", wrong) for wrong in (

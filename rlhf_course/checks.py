@@ -10,6 +10,7 @@ __all__ = ['PACKAGES', 'RESULTS', 'Call', 'FAILED_CHECKS', 'HINT_AFTER', 'bad_ar
 
 # %% ../nbs/91_checks.ipynb #cell-004
 import copy
+import html
 import importlib
 import inspect
 import json
@@ -577,7 +578,7 @@ def find_hint(
         for above, source in zip(sources, sources[1:]):
             if re.search(rf"^def {name}\(", source, re.MULTILINE) and (
                     hint := re.search(r"<details><summary>Hint</summary>(.*?)</details>", above, re.DOTALL)):
-                return " ".join(hint[1].split())
+                return html.unescape(re.sub(r"</?code>", "`", " ".join(hint[1].split())))
     return ""
 
 # %% ../nbs/91_checks.ipynb #f68c813e

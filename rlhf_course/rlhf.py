@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import bad_argument, write_atomic
 from .policy_gradient import check_fraction, compute_gae
-from .ppo import check_positive, explained_variance, normalize_advantages, ppo_loss
+from .surrogate import check_positive, explained_variance, normalize_advantages, ppo_loss
 from .tiny_lm import Sample, encode_prompts, position_ids, response_logprobs, sample_responses
 from .token_rewards import RewardFn, adapt_kl_coef, chosen_logprobs, score_rollout, shape_rewards, token_kl, whiten_masked
 
@@ -451,7 +451,7 @@ def train_rlhf(
         for callback in callbacks: stats |= callback(update, rollout, stats) or {}
         if not stats["kl"] <= config.max_kl:
             warnings.warn(f"train_rlhf: stopped before update {update}: the divergence is {stats['kl']:.1f} nats a response, max_kl is {config.max_kl}. What the reward says of "
-                          f"responses so far from the reference is not to be trusted; raise kl_coef, lower learning_rate, or take a policy from a lower divergence (KLSnapshots){elsewhere}", stacklevel=2)
+                          f"responses so far from the reference is not to be trusted; raise kl_coef, lower learning_rate, or take a policy from a lower divergence (KLSnapshots of lesson 06c, rlhf_course.rlhf_lab){elsewhere}", stacklevel=2)
             if folder is not None and len(state.history) % checkpoint_every:
                 state.rng.setstate(draws[0]), state.generator.set_state(draws[1]) # as they were before the rollout that counts no more
                 save_checkpoint(state, folder)
@@ -478,7 +478,7 @@ def center_rewards(
 ) -> RewardFn: # the same scores minus a constant
     """A reward whose zero is the mean score of the model's own responses that have an end (of all, where none has).
 
-    Source: Ouyang et al. (2022), section 3.5 (reward modeling).
+    Source: after Ouyang et al. (2022), section 3.5 (reward modeling), who centre at demonstrations.
     """
     generator = torch.Generator(model.device).manual_seed(config.seed)
     *_, sample, responses = _respond(model, tokenizer, list(prompts), config, generator)
