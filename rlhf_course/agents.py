@@ -112,7 +112,7 @@ class ActorCritic(nn.Module):
     ):
         super().__init__()
         self.policy, self.value, self.trunk = policy, value, nn.Identity() if trunk is None else trunk
-        self.log_std = None if log_std is None else nn.Parameter(log_std.clone())
+        self.log_std = None if log_std is None else nn.Parameter(log_std.clone().float())
 
     def forward(
         self,
@@ -188,4 +188,4 @@ def make_agent(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy, value = mlp(n_in, n_out, 0.01, width, layer), mlp(n_in, 1, 1.0, width, layer)
-    return ActorCritic(policy, value, None if counted else torch.full((n_out,), log_std))
+    return ActorCritic(policy, value, None if counted else torch.full((n_out,), float(log_std)))

@@ -17,7 +17,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor, nn
 
-from .agents import Categorical, check_spaces
+from .agents import Categorical, Gaussian, check_spaces
 from .checks import bad_argument
 from .policy_gradient import check_fraction
 
@@ -106,7 +106,8 @@ class RewardScaler:
         mask: np.ndarray,     # False: the step only reset its environment, (N,) bool
         limit: float = 10.0,  # largest absolute value of the result
     ) -> np.ndarray:          # scaled rewards, (N,) float64
-        "The rewards of one step over the standard deviation so far; takes them into it."
+        "The rewards of one step over the standard deviation so far; takes them into it. Those of a reset are left out."
+        rewards = np.where(mask, rewards, 0.0)
         self.returns = self.gamma * self.returns + rewards
         self.moments.update(self.returns[mask])
         self.returns[done] = 0.0
@@ -123,6 +124,8 @@ class Stream:
         reward_scaler: RewardScaler | None = None,       # scales rewards; None: they stay as they are
         device: torch.device | str = "cpu",              # where the tensors shall be
     ):
+        if not isinstance(envs, VectorEnv):
+            raise bad_argument("Stream", "envs", "a gymnasium VectorEnv", type(envs).__name__, "make it with `gymnasium.make_vec`")
         check_spaces("Stream", envs.single_observation_space, envs.single_action_space)
         mode = envs.metadata.get("autoreset_mode")
         if mode not in (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP):
@@ -156,9 +159,14 @@ class Stream:
         except Exception as error:
             raise RuntimeError(f"{failed_environment(error)} raised {type(error).__name__} in step {self.n_steps // self.envs.num_envs}: "
                                f"{error}; mend it, or catch the error in a wrapper that ends the episode") from error
-        if not np.isfinite(rewards).all():
-            bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
-            raise bad_argument("Stream.step", "rewards", "finite", f"{rewards[bad]} from environment {bad} in step "
+        rewards, terminated, truncated = np.asarray(rewards, np.float64), np.asarray(terminated, bool), np.asarray(truncated, bool)
+        if not rewards.shape == terminated.shape == truncated.shape == self.resetting.shape:
+            raise bad_argument("Stream.step", "rewards", f"one of each environment, {self.resetting.shape}, and flags too",
+                               f"{rewards.shape}, {terminated.shape} and {truncated.shape}", "look at what `envs.step` returns")
+        rewards = np.where(self.resetting, 0.0, rewards)  # a reset has none
+        if not (fits := np.abs(rewards) <= np.finfo(np.float32).max).all():
+            bad = int(np.flatnonzero(~fits)[0])
+            raise bad_argument("Stream.step", "rewards", "finite in single precision", f"{rewards[bad]} from environment {bad} in step "
                                f"{self.n_steps // self.envs.num_envs}", "look for a division by zero in its reward")
         mask, done = ~self.resetting, terminated | truncated
         self._count(rewards, done, mask)
@@ -166,6 +174,8 @@ class Stream:
             rewards = self.reward_scaler.scale(rewards, done, mask)
         self.observations, final = self._seen(observations), None
         if self.same_step and done.any():
+            if "final_obs" not in infos:
+                raise bad_argument("Stream.step", "infos", "with `final_obs`, as same-step mode has it", sorted(infos), "make the environments in next-step mode")
             final = self.tensor(self._normalized(np.stack(list(infos["final_obs"][done]))))
         self.resetting = np.zeros_like(done) if self.same_step else done
         return (rewards.astype(np.float32), terminated.copy(), done, mask), final
@@ -183,6 +193,7 @@ class Stream:
 
     def _seen(self, observations: np.ndarray) -> Tensor:
         "The observations as the agent sees them; the statistics learn from them."
+        observations = np.asarray(observations)
         if self.observation_norm is not None:
             self.observation_norm.update(observations)
         return self.tensor(self._normalized(observations))
@@ -240,24 +251,28 @@ def device_of(
 
 @torch.no_grad()
 def check_fit(
-    agent: nn.Module,  # observations -> policy, values
-    stream: Stream,    # after a reset
-) -> None:             # nothing when all is well
+    agent: Callable,         # observations -> policy, values
+    stream: Stream,          # after a reset
+    function: str = "train", # name of the function that asks
+) -> None:                   # nothing when all is well
     "Nothing, after checking that the agent takes the observations of these environments and its actions fit them."
     space, n_envs = stream.envs.single_action_space, stream.envs.num_envs
     try:
         policy, values = agent(stream.observations)
-    except RuntimeError as error:
-        raise bad_argument("train", "agent", f"able to read observations of shape {stream.envs.single_observation_space.shape}",
-                           f"the error {error}", "make it for the spaces of `envs`") from error
+    except Exception as error:
+        raise bad_argument(function, "agent", f"able to read observations of shape {stream.envs.single_observation_space.shape}, and to give a policy and values",
+                           f"the error {error}", "make it for the spaces of `envs`, in single precision") from error
+    if not isinstance(policy, Categorical | Gaussian):
+        raise bad_argument(function, "agent", "one whose policy is a `Categorical` or a `Gaussian` of lesson 05ab", type(policy).__name__,
+                           "build it from `ActorCritic`, or wrap its scores")
     counted = isinstance(space, gym.spaces.Discrete)
     shape = tuple((policy.logprobs if isinstance(policy, Categorical) else policy.mode()).shape)
     expected = (n_envs, int(space.n)) if counted else (n_envs, *space.shape)
     if counted != isinstance(policy, Categorical) or shape != expected:
-        raise bad_argument("train", "agent", f"a policy over {space}", f"{type(policy).__name__} of shape {shape}",
+        raise bad_argument(function, "agent", f"a policy over {space}", f"{type(policy).__name__} of shape {shape}",
                            "make it for the spaces of `envs`")
-    if tuple(values.shape) != (n_envs,):
-        raise bad_argument("train", "agent", f"with values of shape {(n_envs,)}", tuple(values.shape), "use `.squeeze(-1)`")
+    if values is not None and (tuple(values.shape) != (n_envs,) or not values.is_floating_point()):
+        raise bad_argument(function, "agent", f"with floating-point values of shape {(n_envs,)}", f"{values.dtype} of shape {tuple(values.shape)}", "use `.squeeze(-1)`")
 
 
 @contextlib.contextmanager
@@ -268,7 +283,7 @@ def closed_on_error(
     try:
         yield
     except BaseException:
-        processes = getattr(envs.unwrapped, "processes", [])
+        processes = getattr(getattr(envs, "unwrapped", None), "processes", [])
         with contextlib.suppress(Exception, KeyboardInterrupt):  # the first error is the one to tell
             envs.close(**({"timeout": 2} if processes else {}))
         for process in processes:

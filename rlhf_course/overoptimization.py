@@ -52,7 +52,9 @@ def standardise_rewards(
     """
     scores = torch.as_tensor(reward_fn(prompts, responses), dtype=torch.float64)
     mean, std = float(scores.mean()), float(scores.std())
-    if not std > 0:
+    if scores.shape != (len(responses),):
+        raise bad_argument("standardise_rewards", "reward_fn", f"a function that gives {len(responses)} scores", tuple(scores.shape), "return one number for each response")
+    if not std > 0 or scores.max() == scores.min():  # the deviation of equal numbers may be rounded to a little above 0
         raise bad_argument("standardise_rewards", "reward_fn", "a function whose scores vary", f"{mean:.4g} for every response", "look at the reward model")
     return lambda prompts, responses: (torch.as_tensor(reward_fn(prompts, responses)) - mean) / std
 

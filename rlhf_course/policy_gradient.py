@@ -7,6 +7,8 @@ __all__ = ['zero_masked', 'check_aligned', 'masked_mean', 'check_fraction', 'dis
            'following_values']
 
 # %% ../nbs/05a_policy_gradient.ipynb #cell-004
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,10 @@ def check_aligned(
     """
     (first, reference), *_ = floats.items()
     for name, tensor in (floats | flags).items():
-        if tensor is None:
+        if tensor is None and name in flags:
             continue
+        if not isinstance(tensor, Tensor):
+            raise bad_argument(function, name, "a tensor", type(tensor).__name__, "make one with `torch.as_tensor`")
         if tensor.shape != reference.shape:
             raise bad_argument(function, name, f"of shape {tuple(reference.shape)} like `{first}`", tuple(tensor.shape),
                                "a value head's last dimension goes with `.squeeze(-1)`, batch-first data with `.T`")
@@ -72,8 +76,8 @@ def check_fraction(
     value: float,   # its value
 ) -> None:          # nothing when it lies in [0, 1]
     "Nothing, after checking that a discount lies in [0, 1]."
-    if not 0 <= value <= 1:
-        raise bad_argument(function, name, "in [0, 1]", value, "0.99 is common for control, 1.0 for language models")
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise bad_argument(function, name, "a number in [0, 1]", value, "0.99 is common for control, 1.0 for language models")
 
 # %% ../nbs/05a_policy_gradient.ipynb #4021cd3a
 def discounted_returns(

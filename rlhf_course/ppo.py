@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -60,6 +61,9 @@ class PPOConfig:
                 check_positive("PPOConfig", name, getattr(self, name), "`None` switches it off")
         for name in ("gamma", "gae_lambda"):
             check_fraction("PPOConfig", name, getattr(self, name))
+        for name in ("vf_coef", "ent_coef"):
+            if not isinstance(getattr(self, name), Real) or not math.isfinite(getattr(self, name)):
+                raise bad_argument("PPOConfig", name, "a finite number", getattr(self, name), "0 switches it off")
 
 
 def annealed(
@@ -155,11 +159,15 @@ def clip_gradients(
     parameters: Sequence[nn.Parameter],  # those without a gradient are passed over
     max_norm: float,                     # largest norm of all gradients together, above 0
 ) -> Tensor:                             # their norm as it was, scalar
-    """The norm of all gradients as one vector; gradients that are longer than `max_norm` are shortened to it, in place.
+    """The norm of all gradients as one vector; gradients that are longer than `max_norm` are shortened to it, in place. 0 where there are none.
 
+    Raises: ValueError for a max_norm that is not above 0.
     Source: Pascanu et al. 2013, algorithm 1; Huang et al. 2022 (37 details), detail 11.
     """
+    check_positive("clip_gradients", "max_norm", max_norm, "0.5 is usual")
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
@@ -191,7 +199,9 @@ def update(
 ) -> dict[str, float]:  # means over the gradient steps of what `loss_fn` reports; also grad_norm and facts about the rollout
     """The statistics of `n_epochs` passes of PPO over one rollout, after which the agent has changed.
 
-    Raises: ValueError for a rollout without a step that counts.
+    The settings' learning rate is put into every group of the optimizer.
+
+    Raises: ValueError for a rollout without a step that counts; FloatingPointError for a gradient that is not finite.
     Source: Schulman et al. 2017, algorithm 1.
     """
     batch, facts = prepare(experience, config, advantage_fn)
@@ -215,7 +225,11 @@ def update(
             moved.append(stats["approx_kl"])
         if config.target_kl is not None and torch.stack(moved).mean() > config.target_kl:
             break
-    return dict(zip(stats, torch.stack(steps).mean(0).tolist(), strict=True)) | facts
+    means = dict(zip(stats, torch.stack(steps).mean(0).tolist(), strict=True))
+    if not math.isfinite(means["grad_norm"]):
+        raise FloatingPointError(f"update: the norm of the gradient is {means['grad_norm']}, and the weights are spoilt; begin anew, or from the last "
+                                 "checkpoint, with a lower learning_rate, and look for rewards that are far too large")
+    return means | facts
 
 # %% ../nbs/05b_ppo.ipynb #95b1e812
 @dataclass
@@ -299,11 +313,15 @@ def evaluate(
 
     Every environment plays equally many, so that short episodes are not counted more often than long ones.
 
-    Raises: what `Stream.step` raises, and ValueError where `max_steps` steps do not end the episodes.
+    Raises: what `Stream.step` raises, and ValueError for an agent that does not fit, or where `max_steps` steps do not end the episodes.
     """
+    if not isinstance(n_episodes, int) or n_episodes < 1:
+        raise bad_argument("evaluate", "n_episodes", "a whole number from 1 on", n_episodes, "1 plays one episode in each environment")
     with closed_on_error(envs):
         stream = Stream(envs, None if observation_norm is None else FrozenMoments(observation_norm), device=device_of(agent))
         stream.reset(seed)
+        if isinstance(agent, nn.Module):  # a function may have a policy of its own kind
+            check_fit(agent, stream, "evaluate")
         returns, played = torch.zeros(n_episodes, envs.num_envs), torch.zeros(envs.num_envs, dtype=torch.long)
         while (playing := played < n_episodes).any():
             (rewards, _, done, mask), _ = stream.step(act(agent(stream.observations)[0]))

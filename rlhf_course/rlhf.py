@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ class PolicyWithValue(nn.Module):
         value_model: PreTrainedModel | None = None, # a second causal model whose hidden states give the values, trained in place; None: `model`
     ):
         super().__init__()
+        if value_model is model: raise bad_argument("PolicyWithValue", "value_model", "a second model", "the first one", "None shares the backbone")
         self.model = model.eval() # dropout off: old and new log-probabilities must come from the same function
         self.value_model = None if value_model is None else value_model.eval()
         self.value_head = nn.Linear((value_model or model).config.hidden_size, 1)
@@ -125,9 +127,10 @@ class RLHFConfig:
             check_positive("RLHFConfig", name, getattr(self, name), "leave it at its default")
         for name in ("gamma", "gae_lambda"): check_fraction("RLHFConfig", name, getattr(self, name))
         for name in ("kl_coef", "vf_coef"):
-            if not getattr(self, name) >= 0: raise bad_argument("RLHFConfig", name, "at least 0", getattr(self, name), "0 switches it off")
-        if not math.isfinite(self.missing_end_score):
+            if not (isinstance(getattr(self, name), Real) and 0 <= getattr(self, name) < math.inf): raise bad_argument("RLHFConfig", name, "at least 0", getattr(self, name), "0 switches it off")
+        if not (isinstance(self.missing_end_score, Real) and math.isfinite(self.missing_end_score)):
             raise bad_argument("RLHFConfig", "missing_end_score", "a finite number", self.missing_end_score, "take one below the scores of responses that end")
+        if not isinstance(self.seed, int) or self.seed < 0: raise bad_argument("RLHFConfig", "seed", "a whole number from 0 on", self.seed, "convert it with `int`")
         if self.kl_estimator not in ("k1", "k2", "k3"): raise bad_argument("RLHFConfig", "kl_estimator", "k1, k2 or k3", repr(self.kl_estimator), "leave it at k1")
         if self.target_kl is not None and not (self.target_kl > 0 and self.kl_coef > 0):
             raise bad_argument("RLHFConfig", "target_kl", "above 0, with a kl_coef above 0 to start from", f"{self.target_kl} with kl_coef={self.kl_coef}", "a price of 0 cannot adapt")
@@ -164,6 +167,8 @@ def _reference(policy: PolicyWithValue, ref_model: PreTrainedModel | None):
 def _check_room(model: PreTrainedModel | PeftModel, prompt_mask: Tensor, config: RLHFConfig) -> None:
     "Raises where a prompt leaves no room for a response in the model's context."
     longest, limit = int(prompt_mask.sum(1).max()), getattr(model.config, "max_position_embeddings", math.inf)
+    if config.max_new_tokens >= limit:
+        raise bad_argument("train_rlhf", "max_new_tokens", f"below {limit}, what the model reads at once", config.max_new_tokens, "lower it")
     if longest + config.max_new_tokens > limit:
         raise bad_argument("train_rlhf", "prompts", f"at most {limit - config.max_new_tokens} tokens long, the model's {limit} minus max_new_tokens",
                            f"one of {longest} tokens", "drop the long prompts, or lower max_new_tokens")
@@ -342,7 +347,7 @@ def save_checkpoint(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-", ignore_cleanup_errors=True) as temporary:
         parts = Path(temporary) / "parts"
         parts.mkdir()
-        numbers = json.dumps(state.numbers() | {"crc32": zlib.crc32(content)})
+        numbers = json.dumps(state.numbers() | {"crc32": zlib.crc32(content)}, default=float) # numbers of numpy and torch too
         for name, data in (("state.safetensors", content), ("state.json", numbers.encode())):
             with open(parts / name, "wb") as file:
                 file.write(data)
@@ -350,13 +355,14 @@ def save_checkpoint(
                 os.fsync(file.fileno())
         shutil.rmtree(place, ignore_errors=True) # one that could not be read
         os.replace(parts, place)
-    for old in _checkpoints(folder)[keep:]: shutil.rmtree(old, ignore_errors=True)
+    for old in _checkpoints(folder)[max(1, keep):]: shutil.rmtree(old, ignore_errors=True)
     return place
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     "The checkpoints in a folder, the newest first."
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()
+                and ((path / "state.json").exists() or (path / "state.safetensors").exists())] # others may keep checkpoints of their own there
     return sorted(numbered, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
@@ -370,7 +376,8 @@ def load_checkpoint(
             content, numbers = (place / "state.safetensors").read_bytes(), json.loads((place / "state.json").read_text(encoding="utf-8"))
             if zlib.crc32(content) != numbers["crc32"]: raise ValueError("the check sum is wrong")
             tensors = load_tensors(content)
-        except (OSError, ValueError, KeyError, SafetensorError):
+            if missing := {"history", "kl_coef", "rng", "schedule", "rates"} - numbers.keys(): raise ValueError(f"{missing} is missing")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
             warnings.warn(f"{place.name} is not whole; looking for the one before it", stacklevel=2)
             continue
         state.restore(tensors, numbers)
@@ -386,15 +393,36 @@ def _claim(folder: Path, policy: PolicyWithValue, prompts: Sequence[str], config
     weights = 0
     for p in policy.parameters(): weights = zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), weights)
     note = {"config": asdict(config), "prompts": zlib.crc32(json.dumps(list(prompts)).encode()), "weights": weights}
-    folder.mkdir(parents=True, exist_ok=True)
+    note = json.loads(json.dumps(note, default=float)) # as it will be read
     place = folder / "training.json"
-    try: found = json.loads(place.read_text(encoding="utf-8")) if place.exists() else note
+    if not place.exists() and [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+        raise bad_argument("train_rlhf", "checkpoint_dir", "a folder of the same training, or a new one", f"{folder}, where checkpoints of something else lie", "name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = json.loads(place.read_text(encoding="utf-8")) if place.exists() else note
+    except OSError as error: raise bad_argument("train_rlhf", "checkpoint_dir", "a folder that can be written to", f"{folder} ({error})", "name another one") from error
     except ValueError: found = {} # somebody else's file
+    if not isinstance(found, dict): found = {}
     if other := [name for name in note if found.get(name) != note[name]]:
         raise bad_argument("train_rlhf", "checkpoint_dir", "a folder of the same training, or a new one", f"{folder}, which belongs to one with other {' and '.join(other)}",
                            "a training that was interrupted goes on with the settings, the prompts and the untuned policy that it began with; for any other name another folder")
     write_atomic(place, json.dumps(note, indent=1))
     for left in folder.glob(".checkpoint-*"): shutil.rmtree(left, ignore_errors=True)
+
+
+def _texts(function: str, prompts: Sequence[str]) -> list[str]:
+    "The prompts as a list. Raises: `ValueError` where there is none, or one that is no text."
+    prompts = [] if isinstance(prompts, str) else list(prompts)
+    if not prompts: raise bad_argument(function, "prompts", "at least one text, in a list", "none, or a single string", "look at what was loaded or filtered")
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str): raise bad_argument(function, "prompts", "texts", f"{prompt!r} in place {row}", "drop it, or convert it with `str`")
+    return prompts
+
+
+def _moved_base(model: PeftModel) -> list[str]:
+    "The names of the trained weights that switching the adapters off does not take away."
+    prefix = getattr(model.base_model, "prefix", "lora_") # of the adapters' names
+    return [name for name, p in model.named_parameters() if p.requires_grad and prefix not in name and "modules_to_save" not in name]
 
 
 def _check_missing_end(rollout: Rollout, config: RLHFConfig) -> None:
@@ -429,8 +457,11 @@ def train_rlhf(
     """
     if not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise bad_argument("train_rlhf", "checkpoint_every", "a whole number from 1 on", checkpoint_every, "1 keeps every update")
-    if not len(prompts): raise bad_argument("train_rlhf", "prompts", "at least one text", "none", "look at what was loaded or filtered")
-    if ref_model is not None and {id(p) for p in ref_model.parameters()} & {id(p) for p in policy.model.parameters()}: # it would move along, at a divergence of 0
+    prompts = _texts("train_rlhf", prompts)
+    if ref_model is None and isinstance(policy.model, PeftModel) and (moved := _moved_base(policy.model)):
+        raise bad_argument("train_rlhf", "ref_model", "a copy of the model before tuning, where more than adapters is trained", f"None, and {moved[0]} is trained",
+                           "pass copy.deepcopy(model), or train adapters only")
+    if ref_model is not None and {id(p) for p in ref_model.parameters()} & {id(p) for p in policy.parameters()}: # it would move along, at a divergence of 0
         raise bad_argument("train_rlhf", "ref_model", "a model of its own", "one that shares parameters with the policy",
                            "pass copy.deepcopy(model), made before tuning, or None for a policy with adapters")
     _check_room(policy.model, encode_prompts(tokenizer, sorted(prompts, key=len)[-64:])[1], config) # the longest at once, and each batch when it is drawn
@@ -480,9 +511,9 @@ def center_rewards(
 
     Source: after Ouyang et al. (2022), section 3.5 (reward modeling), who centre at demonstrations.
     """
-    generator = torch.Generator(model.device).manual_seed(config.seed)
-    *_, sample, responses = _respond(model, tokenizer, list(prompts), config, generator)
+    prompts, generator = _texts("center_rewards", prompts), torch.Generator(model.device).manual_seed(config.seed)
+    *_, sample, responses = _respond(model.eval(), tokenizer, prompts, config, generator)
     ended = sample.ended.cpu() if sample.ended.any() else torch.ones(len(prompts), dtype=torch.bool)
-    scores = score_rollout(reward_fn, list(prompts), responses, torch.ones_like(ended), config.missing_end_score)
+    scores = score_rollout(reward_fn, prompts, responses, torch.ones_like(ended), config.missing_end_score)
     offset = float(scores[ended].mean())
     return lambda prompts, responses: torch.as_tensor(reward_fn(prompts, responses), dtype=torch.float32) - offset

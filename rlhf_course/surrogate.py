@@ -7,6 +7,8 @@ __all__ = ['CLIP_HINT', 'masked_variance', 'normalize_advantages', 'check_positi
            'approx_kl', 'approx_kl_k2', 'clip_fraction', 'explained_variance', 'ppo_loss']
 
 # %% ../nbs/05aa_surrogate.ipynb #c1476b40
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -60,8 +62,8 @@ def check_positive(
     fix: str,       # the most likely repair
 ) -> None:          # nothing when it is above 0
     "Nothing, after checking that a number is above 0 (a NaN is not)."
-    if not value > 0:
-        raise bad_argument(function, name, "above 0", value, fix)
+    if not isinstance(value, Real) or not value > 0:
+        raise bad_argument(function, name, "a number above 0", value, fix)
 
 
 CLIP_HINT = "0.2 is the paper's, `math.inf` switches a clip off"

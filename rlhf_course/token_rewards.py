@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import bad_argument
-from .policy_gradient import masked_mean, zero_masked
+from .policy_gradient import check_aligned, masked_mean, zero_masked
 from .surrogate import masked_variance
 
 # %% ../nbs/05f_token_rewards.ipynb #9f16cd60
@@ -29,8 +29,8 @@ def chosen_logprobs(
     """
     logits = logits.masked_fill(~mask.T[..., None], 0.0)  # before the maths: NaN there would get into the gradient, as 0 times NaN
     log_p = torch.log_softmax(logits / temperature, dim=-1)
-    logprobs = log_p.gather(-1, token_ids[..., None]).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    logprobs = log_p.gather(-1, token_ids.masked_fill(~mask.T, 0)[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # 0 times -inf would be NaN
     return torch.where(mask, logprobs.T, 0.0), torch.where(mask, entropy.T, 0.0)
 
 # %% ../nbs/05f_token_rewards.ipynb #5550eec9
@@ -59,7 +59,7 @@ def exact_token_kl(
 ) -> Tensor: # KL(policy || reference) in nats at each state, (...,) float, at least 0
     "The divergence of the policy from the reference at each state, a sum over the whole vocabulary."
     log_p, log_q = (torch.log_softmax(x / temperature, -1) for x in (logits, ref_logits))
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1) # what is never chosen does not count
 
 # %% ../nbs/05f_token_rewards.ipynb #3bbb1a96
 RewardFn = Callable[[list[str], list[str]], Tensor] # prompts and responses -> scores, (B,) float
@@ -76,11 +76,11 @@ def score_rollout(
 
     Raises: `ValueError` where the reward function raises, gives another shape, or a score that is not finite, with the prompt.
     """
-    try: scores = torch.as_tensor(reward_fn(prompts, responses), dtype=torch.float32)
+    try: scores = torch.as_tensor(reward_fn(list(prompts), list(responses)), dtype=torch.float32) # copies: what it does to its lists is its own affair
     except Exception as error: raise _blame(reward_fn, prompts, responses, error) from error
     if scores.shape != (len(prompts),):
         raise bad_argument("score_rollout", "reward_fn", f"a function that gives {len(prompts)} scores, shape ({len(prompts)},)",
-                           f"{tuple(scores.shape)} for prompts that begin with {prompts[0]!r}", "return one number for each response")
+                           f"{tuple(scores.shape)} for prompts that begin with {prompts[:1]}", "return one number for each response")
     if not torch.isfinite(scores).all():
         row = int((~torch.isfinite(scores)).nonzero()[0])
         raise bad_argument("score_rollout", "reward_fn", "finite for every response",
@@ -111,9 +111,12 @@ def shape_rewards(
 
     With k1 the sum over tokens is `scores - kl_coef * (logprobs - ref_logprobs).sum(0)`; `kl_coef=0` leaves the score alone.
 
-    Raises: `ValueError` for a response without tokens.
+    Raises: `ValueError` for a response without tokens, or for other shapes or types.
     Source: Ziegler et al. (2019), equation 2; Stiennon et al. (2020), section 3.3.
     """
+    check_aligned("shape_rewards", {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, {"mask": mask})
+    if scores.shape != mask.shape[1:]:
+        raise bad_argument("shape_rewards", "scores", f"one for each response, {tuple(mask.shape[1:])}", tuple(scores.shape), "score whole responses")
     n_tokens = mask.sum(0)
     if (n_tokens == 0).any():
         raise bad_argument("shape_rewards", "mask", "at least one True in each column", "a response without tokens",

@@ -49,6 +49,8 @@ def healthy_bands(
 
     Source: Hilton, Deep Learning Curriculum, reinforcement learning chapter; the numbers for entropy, divergence and advantages are ours.
     """
+    if not len(history):
+        raise bad_argument("healthy_bands", "history", "at least one row", "none", "hand over what `train` returned")
     spread, start = float(np.median([row["advantage_std"] for row in history])), history[0]["entropy"]
     return {"clipfrac": (0.01, 0.2), "approx_kl": (0.0, 0.02), "explained_variance": (0.0, 1.0),
             "entropy": (0.0 if 0 <= start < 3 else start - 3, start),
@@ -85,6 +87,8 @@ class LiveDashboard:
         every: int = 5,             # updates between two drawings
         live: bool | None = None,   # None: only where a person looks on, which tests and nbconvert are not
     ):
+        if not isinstance(every, int) or every < 1:
+            raise bad_argument("LiveDashboard", "every", "a whole number from 1 on", every, "5 is usual")
         self.every, self.live, self.picture = every, has_reader() if live is None else live, None
 
     def __call__(
@@ -230,13 +234,14 @@ def load_run(
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        part = lambda prefix: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        theirs = {"config": facts["config"], "seed": facts["seed"], "n_envs": facts["n_envs"], "moments": sorted(facts["counts"]),
+                  "weights": {name: tuple(tensor.shape) for name, tensor in part("agent.").items()}}
+        generator = tensors["generator"]
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load_run: {path} is not the checkpoint of a run ({error}); delete it to begin anew") from error
     mine = {"config": asdict(run.config), "seed": run.seed, "n_envs": run.stream.envs.num_envs,
-            "moments": sorted(running_moments(run)), "weights": sorted(run.agent.state_dict())}
-    part = lambda prefix: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    theirs = {"config": facts["config"], "seed": facts["seed"], "n_envs": facts["n_envs"], "moments": sorted(facts["counts"]),
-              "weights": sorted(part("agent."))}
+            "moments": sorted(running_moments(run)), "weights": {name: tuple(tensor.shape) for name, tensor in run.agent.state_dict().items()}}
     if mine != theirs:
         other = ", ".join(key for key in mine if mine[key] != theirs[key])
         raise bad_argument("load_run", "path", "the checkpoint of a run with the same settings", f"{path} with other {other}",
@@ -247,7 +252,7 @@ def load_run(
         i, _, key = name.partition(".")
         states.setdefault(int(i), {})[key] = tensor
     run.optimizer.load_state_dict({"state": states, "param_groups": run.optimizer.state_dict()["param_groups"]})
-    run.generator.set_state(tensors["generator"])
+    run.generator.set_state(generator)
     for name, moments in running_moments(run).items():
         moments.count, moments.mean = facts["counts"][name], tensors[f"moments.{name}.mean"].numpy()
         moments.variance = tensors[f"moments.{name}.variance"].numpy()

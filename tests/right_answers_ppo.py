@@ -89,7 +89,7 @@ def explained_variance_by_moments(values, returns, mask=None):
     values, returns = counted(mask, values, returns)
     errors = returns - values
     left, total = (((x - x.mean()) ** 2).sum() for x in (errors, returns))
-    return (total - left) / total if total > 0 else torch.tensor(float("nan"))
+    return (total - left) / total if len(returns.unique()) > 1 else torch.tensor(float("nan"))
 
 
 def gaussian_logprob_by_torch(actions, mean, log_std):

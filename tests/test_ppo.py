@@ -23,8 +23,8 @@ from torch.testing import assert_close
 from rlhf_course.agents import Categorical, make_agent
 from rlhf_course.environments import RewardScaler, RunningMoments, Stream
 from rlhf_course.policy_gradient import compute_gae
-from rlhf_course.ppo import PPOConfig, evaluate, rollout, shuffled_minibatches, train, update
-from rlhf_course.surrogate import masked_variance, normalize_advantages
+from rlhf_course.ppo import PPOConfig, clip_gradients, evaluate, rollout, shuffled_minibatches, train, update
+from rlhf_course.surrogate import masked_variance, normalize_advantages, ppo_loss
 from rlhf_course.watching import Checkpoint, LiveDashboard, dashboard
 
 SHORT = PPOConfig(total_steps=3 * 4 * 8, n_steps=8, n_epochs=2, n_minibatches=2)
@@ -498,3 +498,95 @@ def test_callback_stops_the_run():
     """After the update at which it says so."""
     envs = clocks(4)
     assert len(train(agent_for(envs), envs, SHORT, callback=lambda agent, history: len(history) == 2)) == 2
+
+
+def test_rewards_of_resets_are_never_read():
+    """Whatever stands in a step that only resets: the scaler's numbers are the same, and a NaN there stops nothing."""
+    found = []
+    for junk in (0.0, 100.0, math.nan):
+        scaler = RewardScaler(1, 0.9)
+        step = lambda reward, done, mask: scaler.scale(np.array([reward]), np.array([done]), np.array([mask]))[0]  # noqa: E731, B023
+        step(1.0, False, True), step(1.0, True, True), step(junk, False, False)
+        found.append([step(1.0, False, True) for _ in range(3)])
+    assert found[0] == found[1] == found[2]
+
+    class NoisyReset(gym.vector.VectorWrapper):
+        """Rewards of resets are what the test says."""
+
+        def step(self, actions):
+            self.over = getattr(self, "done", np.zeros(self.num_envs, bool))
+            observations, rewards, terminated, truncated, infos = self.env.step(actions)
+            self.done = terminated | truncated
+            return observations, np.where(self.over, junk, rewards), terminated, truncated, infos
+
+    runs = []
+    for junk in (0.0, 100.0, math.nan):
+        envs = NoisyReset(clocks(4))
+        agent = agent_for(envs)
+        train(agent, envs, SHORT, reward_scaler=RewardScaler(4))
+        runs.append(weights(agent))
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_weights_that_are_spoilt_are_not_saved(tmp_path):
+    """A gradient that is no number stops the training; the checkpoint before it stays."""
+    calls = []
+
+    def fails_late(*args, **kwargs):
+        calls.append(1)
+        loss, stats = ppo_loss(*args, **kwargs)
+        return (loss * math.nan if len(calls) == 9 else loss), stats
+
+    envs = clocks(4)
+    path = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match="norm of the gradient is nan"):
+        train(agent_for(envs), envs, SHORT, checkpoint=Checkpoint(path, every=1), update_fn=partial(update, loss_fn=fails_late))
+    held = safetensors.torch.load_file(path)
+    assert all(tensor.isfinite().all() for name, tensor in held.items() if name.startswith("agent."))
+    assert clip_gradients([nn.Parameter(torch.ones(2))], 0.5) == 0
+
+
+def test_agents_of_another_kind_are_refused():
+    """What is no policy, what gives one thing only, what has another number of actions: each in words, in `train` and in `evaluate`."""
+
+    class Gives(nn.Module):
+        def __init__(self, give):
+            super().__init__()
+            self.layer, self.give = nn.Linear(2, 2), give
+
+        def forward(self, observations):
+            scores = self.layer(observations)
+            return self.give(scores)
+
+    wrong = [lambda scores: scores, lambda scores: (scores, scores[:, 0]), lambda scores: (torch.distributions.Categorical(logits=scores), scores[:, 0]),
+             lambda scores: (Categorical(scores), scores[:, 0].long()), lambda scores: (Categorical(scores.repeat(1, 3)), scores[:, 0])]
+    for give in wrong:
+        for function in (lambda envs: train(Gives(give), envs, SHORT), lambda envs: evaluate(Gives(give), envs, 0)):  # noqa: B023
+            with pytest.raises(ValueError, match="`agent` should be"):
+                function(clocks(2))
+    with pytest.raises(ValueError, match="a gymnasium VectorEnv"):
+        train(Gives(wrong[0]), gym.make("CartPole-v1"), SHORT)
+    with pytest.raises(ValueError, match="`n_episodes`"):
+        evaluate(agent_for(clocks(2)), clocks(2), 0, n_episodes=0)
+
+
+def test_checkpoint_of_an_agent_of_another_size(tmp_path):
+    """It is refused in words; so is a folder."""
+    path = tmp_path / "run"
+    envs = clocks(4)
+    train(agent_for(envs), envs, SHORT, checkpoint=Checkpoint(path, every=1))
+    envs = clocks(4)
+    other = make_agent(envs.single_observation_space, envs.single_action_space, width=7)
+    with pytest.raises(ValueError, match="with other weights"):
+        train(other, envs, SHORT, checkpoint=Checkpoint(path, every=1))
+    with pytest.raises(ValueError, match="not the checkpoint of a run"):
+        train(agent_for(clocks(4)), clocks(4), SHORT, checkpoint=Checkpoint(tmp_path, every=1))
+
+
+def test_settings_that_are_no_numbers():
+    """A text, None, NaN: refused where they are set."""
+    for setting in ({"learning_rate": "1e-3"}, {"gamma": None}, {"vf_coef": math.nan}, {"ent_coef": "x"}, {"clip_coef": None}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            PPOConfig(**setting)
+    with pytest.raises(ValueError, match="should be a tensor, got list"):
+        masked_variance([1.0, 2.0])

@@ -14,6 +14,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -38,7 +39,7 @@ from rlhf_course.rlhf import (
 from rlhf_course.rlhf_lab import KLSnapshots, draw_dashboard, out_of_band
 from rlhf_course.tiny_arena import tiny_arena, utility
 from rlhf_course.tiny_lm import encode_prompts, load_tiny_lm, sample_responses, tiny_llama, train_bpe_tokenizer
-from rlhf_course.token_rewards import adapt_kl_coef, score_rollout, shape_rewards
+from rlhf_course.token_rewards import adapt_kl_coef, chosen_logprobs, exact_token_kl, score_rollout, shape_rewards
 
 ARENA = tiny_arena()
 MODEL, TOKENIZER = load_tiny_lm()
@@ -492,3 +493,75 @@ def test_reward_that_is_no_number_is_named():
     prompt = ARENA.prompts[0]
     with pytest.raises(ValueError, match=re.escape(repr(prompt))):
         score_rollout(lambda prompts, responses: None, [prompt], ["boil water ."], torch.tensor([True]), -3.0)
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    """A folder with checkpoints of something else is refused, and nothing in it is touched."""
+    for name in ("checkpoint-1", ".checkpoint-mine"):
+        folder = tmp_path / name.strip(".")
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.bin").write_text("days of work")
+        with pytest.raises(ValueError, match="checkpoints of something else"):
+            train_rlhf(new_policy(), MODEL, TOKENIZER, ARENA.prompts, truth, SMALL, checkpoint_dir=folder)
+        assert (folder / name / "model.bin").read_text() == "days of work" and len(list(folder.iterdir())) == 1
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match="a folder that can be written to"):
+        train_rlhf(new_policy(), MODEL, TOKENIZER, ARENA.prompts, truth, SMALL, checkpoint_dir=tmp_path / "file")
+
+
+def test_reference_that_would_be_trained():
+    """The value's backbone is no reference, nor is a base model of which something else than the adapters is trained."""
+    shared = copy.deepcopy(MODEL)
+    with pytest.raises(ValueError, match="shares parameters with the policy"):
+        train_rlhf(PolicyWithValue(copy.deepcopy(MODEL), value_model=shared), shared, TOKENIZER, ARENA.prompts, truth, SMALL)
+    with pytest.raises(ValueError, match="`value_model` should be a second model"):
+        PolicyWithValue(shared, value_model=shared)
+    policy = with_adapters()
+    next(p for name, p in policy.model.named_parameters() if "norm" in name).requires_grad_(True)
+    with pytest.raises(ValueError, match="where more than adapters is trained, got None, and .*norm"):
+        train_rlhf(policy, None, TOKENIZER, ARENA.prompts, truth, SMALL)
+
+
+@pytest.mark.parametrize("prompts", ["hello", [], ["tea", None], [1, 2]])
+def test_prompts_that_are_no_texts(prompts):
+    """A string is not taken for its letters; what is no text is named."""
+    for function in (lambda: train_rlhf(new_policy(), MODEL, TOKENIZER, prompts, truth, SMALL), lambda: center_rewards(truth, MODEL, TOKENIZER, prompts, SMALL)):
+        with pytest.raises(ValueError, match="prompts"):
+            function()
+
+
+def test_numbers_of_numpy_go_into_checkpoints(tmp_path):
+    """A learning rate or a statistic from numpy or torch is a number like any other."""
+    config = replace(SMALL, n_updates=2, learning_rate=np.float32(1e-3))
+    callback = lambda update, rollout, stats: {"numpy": np.float32(1), "torch": torch.tensor(2.0)}  # noqa: E731
+    for _ in range(2):
+        assert len(train_rlhf(new_policy(), MODEL, TOKENIZER, ARENA.prompts, truth, config, checkpoint_dir=tmp_path, callbacks=[callback])) == 2
+    for seed in (1.5, "a", -1, None):
+        with pytest.raises(ValueError, match="`seed` should be a whole number"):
+            replace(SMALL, seed=seed)
+
+
+def test_rewards_of_tokens_want_their_shapes():
+    """A score too many is not dropped in silence; a reward function may do with its lists what it likes."""
+    zeros, mask = torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="`scores` should be one for each response"):
+        shape_rewards(torch.ones(3), zeros, zeros, mask, kl_coef=0.1)
+    with pytest.raises(ValueError, match="`ref_logprobs` should be of shape"):
+        shape_rewards(torch.ones(2), zeros, torch.zeros(2, 1), mask, kl_coef=0.1)
+
+    def greedy(prompts, responses):
+        scores = [1.0 for _ in responses]
+        prompts.clear(), responses.clear()
+        return scores
+
+    prompts, responses = ["a", "b"], ["c", "d"]
+    assert score_rollout(greedy, prompts, responses, torch.tensor([True, True]), -3.0).tolist() == [1.0, 1.0] and prompts == ["a", "b"] and responses == ["c", "d"]
+
+
+def test_tokens_that_are_impossible():
+    """A logit of minus infinity has no NaN in the entropy, in its gradient or in the divergence; an id of -100 in the padding is not read."""
+    logits = torch.tensor([[[0.0, 1.0, -math.inf], [0.0, 0.0, 0.0]]], requires_grad=True)
+    logprobs, entropy = chosen_logprobs(logits, torch.tensor([[1, -100]]), torch.tensor([[True], [False]]))
+    (logprobs.sum() + entropy.sum()).backward()
+    assert entropy[0, 0].item() == pytest.approx(0.5822, abs=1e-4) and logits.grad.isfinite().all()
+    assert exact_token_kl(logits.detach()[0, :1], logits.detach()[0, :1]).tolist() == [0.0]
