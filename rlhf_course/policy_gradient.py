@@ -77,7 +77,7 @@ def check_fraction(
 ) -> None:          # nothing when it lies in [0, 1]
     "Nothing, after checking that a discount lies in [0, 1]."
     if not isinstance(value, Real) or not 0 <= value <= 1:
-        raise bad_argument(function, name, "a number in [0, 1]", value, "0.99 is common for control, 1.0 for language models")
+        raise bad_argument(function, name, "in [0, 1]", value, "0.99 is common for control, 1.0 for language models")
 
 # %% ../nbs/05a_policy_gradient.ipynb #4021cd3a
 def discounted_returns(

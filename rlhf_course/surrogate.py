@@ -63,7 +63,7 @@ def check_positive(
 ) -> None:          # nothing when it is above 0
     "Nothing, after checking that a number is above 0 (a NaN is not)."
     if not isinstance(value, Real) or not value > 0:
-        raise bad_argument(function, name, "a number above 0", value, fix)
+        raise bad_argument(function, name, "above 0", value, fix)
 
 
 CLIP_HINT = "0.2 is the paper's, `math.inf` switches a clip off"
