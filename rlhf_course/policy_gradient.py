@@ -136,8 +136,9 @@ def compute_gae(
     deltas, carry, values = zero_masked(mask, rewards + gamma * future - values, carry, values)
 
     advantages, following = torch.empty_like(deltas), deltas.new_zeros(deltas.shape[1:])
-    for t in reversed(range(len(deltas))):
-        advantages[t] = following = deltas[t] + carry[t] * following
+    for advantage, delta, kept in zip(*(reversed(rows.unbind()) for rows in (advantages, deltas, carry)), strict=True):
+        following = delta + kept * following
+        advantage.copy_(following)
     return advantages, advantages + values
 
 # %% ../nbs/05a_policy_gradient.ipynb #5e1bc106

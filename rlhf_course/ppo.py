@@ -213,8 +213,11 @@ def update(
         for rows in minibatch_fn(len(batch.actions), config.n_minibatches, generator):
             part = Batch(*(column.index_select(0, rows) for column in batch))
             policy, values = agent(part.observations)
-            loss, stats = loss_fn(policy.log_prob(part.actions), part.old_logprobs, normalize_fn(part.advantages), values,
-                                  part.old_values, part.returns, policy.entropy(), clip_coef=config.clip_coef,
+            logprobs = policy.log_prob(part.actions)
+            with torch.set_grad_enabled(config.ent_coef != 0):  # else the entropy is only watched
+                entropy = policy.entropy()
+            loss, stats = loss_fn(logprobs, part.old_logprobs, normalize_fn(part.advantages), values,
+                                  part.old_values, part.returns, entropy, clip_coef=config.clip_coef,
                                   vf_coef=config.vf_coef, ent_coef=config.ent_coef, vf_clip_coef=config.vf_clip_coef)
             for parameter in parameters:
                 parameter.grad = None
