@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .checks import bad_argument
+from .surrogate import check_positive
 from .tiny_lm import encode_prompts, enumerate_responses, position_ids
 
 # %% auto #0
@@ -42,7 +43,7 @@ def response_tree(
     Raises: ValueError for more than a million responses, or fewer than two tokens.
     """
     others = torch.tensor([token for token in range(n_tokens) if token != eos_token_id])
-    if max_new_tokens < 2 or len(others) ** max_new_tokens > 1_000_000 or sum(len(others) ** n for n in range(max_new_tokens + 1)) > 1_000_000:
+    if max_new_tokens < 2 or sum(len(others) ** n for n in range(max_new_tokens + 1)) > 1_000_000:
         raise bad_argument("response_tree", "max_new_tokens", "at least 2, with at most 1,000,000 responses in all", f"{max_new_tokens} with {n_tokens} tokens", "take a smaller world, such as the nano arena")
     ids, mask = enumerate_responses(n_tokens, eos_token_id, max_new_tokens)
     contexts = torch.cartesian_prod(*[others] * (max_new_tokens - 1)).reshape(-1, max_new_tokens - 1)
@@ -107,8 +108,7 @@ def optimal_policy(
     Raises: ValueError for a beta that is not above 0.
     Source: Korbak et al. (2022), section 3; Rafailov et al. (2023), equation 4.
     """
-    if not beta > 0:
-        raise bad_argument("optimal_policy", "beta", "above 0", beta, "a small beta, such as 1e-3, stands for no price at all")
+    check_positive("optimal_policy", "beta", beta, "a small beta, such as 1e-3, stands for no price at all")
     return torch.log_softmax(ref_logprobs + rewards / beta, -1)
 
 # %% ../nbs/06a_optimal_policy.ipynb #686521fd
@@ -121,8 +121,7 @@ def log_partition(
 
     Raises: ValueError for a beta that is not above 0.
     """
-    if not beta > 0:
-        raise bad_argument("log_partition", "beta", "above 0", beta, "a small beta, such as 1e-3, stands for no price at all")
+    check_positive("log_partition", "beta", beta, "a small beta, such as 1e-3, stands for no price at all")
     return torch.logsumexp(ref_logprobs + rewards / beta, -1)
 
 # %% ../nbs/06a_optimal_policy.ipynb #5fc110a8
@@ -133,8 +132,10 @@ def implied_rewards(
 ) -> Tensor:  # reward of every response for which the policy is the best one, same shape, mean 0 under the reference
     """The reward that a policy is optimal for, with mean 0 over the responses of the reference.
 
+    Raises: ValueError for a beta that is not above 0.
     Source: Rafailov et al. (2023), equation 5.
     """
+    check_positive("implied_rewards", "beta", beta, "it is the price that the policy was optimal for")
     implied = beta * (logprobs - ref_logprobs)
     return implied - (ref_logprobs.exp() * implied).sum(-1, keepdim=True)
 
