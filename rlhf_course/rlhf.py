@@ -56,6 +56,13 @@ class PolicyWithValue(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.value_head.to(model.device)
 
+    def value(
+        self,
+        hidden: Tensor, # last hidden states, of the backbone that gives the values, (..., D)
+    ) -> Tensor: # (...) float
+        "Values of states."
+        return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+
     def forward(
         self,
         input_ids: Tensor, # prompts padded on the left, then responses padded on the right, (B, P + R) long
@@ -67,8 +74,7 @@ class PolicyWithValue(nn.Module):
                                               use_cache=False, **options)
         out = read(self.model, output_hidden_states=self.value_model is None, logits_to_keep=n_response + 1)
         seen = out if self.value_model is None else read(self.value_model, output_hidden_states=True, logits_to_keep=1)
-        hidden = seen.hidden_states[-1][:, -n_response - 1:-1]
-        return out.logits[:, :-1].float(), self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+        return out.logits[:, :-1].float(), self.value(seen.hidden_states[-1][:, -n_response - 1:-1])
 
     def trained_weights(self) -> dict[str, Tensor]: # name -> weight, detached and not copied
         "The weights that training changes."
@@ -105,6 +111,7 @@ class RLHFConfig:
     kl_estimator: str = "k1" # of the penalty in the reward: k1, k2 or k3
     target_kl: float | None = None # divergence that the price is adapted to, nats a response; None: the price stays
     kl_horizon: int = 640 # responses over which an adaptive price can change by about a fifth
+    rescore: bool = False # whether a pass over the finished responses gives old log-probabilities and values, not the sampler; for weights in 16 bits
     missing_end_score: float = -3.0 # score of a response that was cut off before its end token
     whiten_rewards: bool = False # whether the rewards of tokens are brought to standard deviation 1, mean kept
     n_epochs: int = 4 # passes over a rollout
@@ -174,13 +181,13 @@ def _check_room(model: PreTrainedModel | PeftModel, prompt_mask: Tensor, config:
                            f"one of {longest} tokens", "drop the long prompts, or lower max_new_tokens")
 
 
-def _respond(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], config: RLHFConfig,
-             generator: torch.Generator) -> tuple[Tensor, Tensor, Sample, list[str]]:
+def _respond(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], config: RLHFConfig, generator: torch.Generator,
+             value_fn: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor, Sample, list[str]]:
     "The prompts as ids and mask, (B, P) long; the sample of `sample_responses`; and the responses as texts."
     prompt_ids, prompt_mask = (x.to(model.device) for x in encode_prompts(tokenizer, prompts))
     _check_room(model, prompt_mask, config)
     sample = sample_responses(model, prompt_ids, prompt_mask, max_new_tokens=config.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                              pad_token_id=tokenizer.pad_token_id, temperature=config.temperature, generator=generator)
+                              pad_token_id=tokenizer.pad_token_id, temperature=config.temperature, generator=generator, value_fn=value_fn)
     return prompt_ids, prompt_mask, sample, tokenizer.batch_decode(sample.response_ids, skip_special_tokens=True)
 
 # %% ../nbs/06_rlhf.ipynb #c1c8756e
@@ -195,11 +202,13 @@ def collect_rollout(
     generator: torch.Generator, # source of randomness, on the model's device
 ) -> Rollout: # one response a prompt
     "Responses of the policy to the prompts, scored."
-    prompt_ids, prompt_mask, sample, responses = _respond(policy.model, tokenizer, prompts, config, generator)
+    rescore = config.rescore or policy.value_model is not None # a second backbone has not seen the responses yet
+    prompt_ids, prompt_mask, sample, responses = _respond(policy.model, tokenizer, prompts, config, generator, None if rescore else policy.value)
     input_ids = torch.cat([prompt_ids, sample.response_ids], 1)
     attention_mask = torch.cat([prompt_mask, sample.response_mask.long()], 1)
     mask = sample.response_mask.T
-    logprobs, values, _ = evaluate_tokens(policy, input_ids, attention_mask, mask, config.temperature)
+    if rescore: logprobs, values, _ = evaluate_tokens(policy, input_ids, attention_mask, mask, config.temperature)
+    else: logprobs, values = sample.logprobs.T, sample.values.T
     with _reference(policy, ref_model) as reference:
         ref_logprobs = response_logprobs(reference, prompt_ids, prompt_mask, sample.response_ids, sample.response_mask,
                                          config.temperature).T

@@ -13,7 +13,7 @@ __all__ = ['CHAT_TEMPLATE', 'NANO_CHAT_TEMPLATE', 'BPE_CHAT_TEMPLATE', 'TINY_LM_
 # %% ../nbs/00b_tiny_lm.ipynb #18da633d
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
@@ -304,6 +304,7 @@ class Sample:
     response_mask: Tensor # True for response tokens, the end token included, (B, R) bool
     logprobs: Tensor # log-probability of each token when it was drawn, 0 for padding, (B, R) float
     ended: Tensor # True where the response ended with the end token, (B,) bool
+    values: Tensor | None = None # what `value_fn` read where each token was drawn, 0 for padding, (B, R) float; None without one
 
 # %% ../nbs/00b_tiny_lm.ipynb #ad4097d9
 @torch.no_grad()
@@ -317,18 +318,21 @@ def sample_responses(
     pad_token_id: int, # fills up the rows
     temperature: float = 1.0, # above 0; 1 samples from the model itself
     generator: torch.Generator | None = None, # source of randomness, on the model's device
+    value_fn: Callable[[Tensor], Tensor] | None = None, # the last hidden states that tokens are drawn from (n, D) -> values (n,), kept beside the tokens
 ) -> Sample: # one response a prompt
     "Draws a response for each prompt, token by token, with a key-value cache that drops finished rows."
     shape = (len(prompt_ids), max_new_tokens)
     response_ids, logprobs = prompt_ids.new_full(shape, pad_token_id), torch.zeros(shape, device=prompt_ids.device)
+    values = torch.zeros_like(logprobs)
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device) # the rows still being written
     ids, mask, positions, cache = prompt_ids, prompt_mask, position_ids(prompt_mask), DynamicCache(config=model.config)
     for t in range(max_new_tokens):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        log_p = torch.log_softmax(logits / temperature, dim=-1)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                    output_hidden_states=value_fn is not None)
+        log_p = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)
         token = torch.multinomial(log_p.exp(), 1, generator=generator)
         response_ids[rows, t], logprobs[rows, t] = token[:, 0], log_p.gather(1, token)[:, 0]
+        if value_fn is not None: values[rows, t] = value_fn(out.hidden_states[-1][:, -1])
         going = (token[:, 0] != eos_token_id).nonzero()[:, 0]
         if not len(going): break
         if len(going) < len(rows): cache.batch_select_indices(going)
@@ -339,7 +343,8 @@ def sample_responses(
     n_tokens = torch.where(ended, is_eos.int().argmax(1) + 1, max_new_tokens)
     response_mask = torch.arange(max_new_tokens, device=ids.device) < n_tokens[:, None]
     longest = int(n_tokens.max()) if len(n_tokens) else 0
-    return Sample(response_ids[:, :longest], response_mask[:, :longest], logprobs[:, :longest], ended)
+    return Sample(response_ids[:, :longest], response_mask[:, :longest], logprobs[:, :longest], ended,
+                  None if value_fn is None else values[:, :longest])
 
 # %% ../nbs/00b_tiny_lm.ipynb #32a6a533
 def encode_prompts(
