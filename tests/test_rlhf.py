@@ -383,6 +383,36 @@ def test_every_kind_of_policy_trains(make):
         assert torch.equal(before, now) != (before.requires_grad and used), name
 
 
+@pytest.mark.parametrize("make", [new_policy, with_adapters, lambda: new_policy(value_model=copy.deepcopy(MODEL))], ids=["full", "lora", "own backbone"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_says_what_a_pass_says(make, temperature):
+    """Log-probabilities and values kept while sampling, and those of a pass over the finished responses; a first step from either does the same."""
+    policy = make()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name or name == "value_head.weight":  # neither adapters nor values that are still 0
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    reference = None if make is with_adapters else MODEL
+    config = replace(SMALL, temperature=temperature, n_epochs=1, minibatch_size=SMALL.batch_size)
+    prompts = list(ARENA.prompts[: SMALL.batch_size])
+    once, twice = (collect_rollout(policy, reference, TOKENIZER, prompts, truth, replace(config, rescore=rescore), torch.Generator().manual_seed(0)) for rescore in (False, True))
+    assert once.responses == twice.responses and torch.equal(once.mask, twice.mask) and not once.mask.all()
+    for name in ("logprobs", "values", "rewards"):
+        assert_close(getattr(once, name), getattr(twice, name), atol=1e-5, rtol=0)
+        assert getattr(once, name)[once.mask].std() > 1e-3 and (getattr(once, name)[~once.mask] == 0).all()
+    for rollout in (once, twice):
+        twin = copy.deepcopy(policy)
+        stats = update_policy(twin, torch.optim.Adam(twin.parameters(), lr=1e-4), rollout, config, torch.Generator().manual_seed(0))
+        assert stats["clipfrac"] == 0 and abs(stats["approx_kl"]) < 1e-6 and stats["grad_norm"] > 0
+
+
+def test_training_on_what_the_sampler_kept():
+    """The same seed gives the same weights to the bit, and the divergence starts from 0."""
+    config = replace(SMALL, rescore=False, n_updates=3)
+    policies = new_policy(), new_policy()
+    rows = [train(policy, config) for policy in policies]
+    assert same_weights(*policies) and abs(rows[0][0]["kl"]) < 1e-4 < abs(rows[0][-1]["kl"])
+
+
 def test_padding_changes_no_gradient():
     """More padding, other ids in it, and other numbers in masked places: the same losses and gradients; the ids to the bit."""
     policy = new_policy()
