@@ -7,7 +7,8 @@ A Llama of 7.3 million parameters with random weights, 16 prompts of 48 tokens, 
 minibatch, one thread. An update is everything: sampling, log-probabilities, reference, values, reward, and the steps of the optimizer. The two
 take turns, update by update, from the same weights; the ratio is the median of seven. TRL trains a second backbone for the values, the course's
 policy has its value head on its own; `own backbone` is the course's with a second one as well, and tells how much of the ratio that is.
-Both keep the log-probabilities that tokens had when they were drawn (the course's by `rescore=False`; its default asks the policy once more).
+Both keep the log-probabilities that tokens had when they were drawn (the course's by `rescore=False`; its default, and a policy with a second backbone,
+ask once more).
 With LoRA both adapt queries, keys and values, and take the reference from the same weights with the adapters switched off.
 The aims are at least 1.5 times TRL with full weights, and twice with LoRA. Without TRL the course's side is measured alone.
 With --record benchmarks/results/rlhf_ppo.json keeps all seconds of both sides and the parts of ours.

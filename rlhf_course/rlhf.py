@@ -111,7 +111,7 @@ class RLHFConfig:
     kl_estimator: str = "k1" # of the penalty in the reward: k1, k2 or k3
     target_kl: float | None = None # divergence that the price is adapted to, nats a response; None: the price stays
     kl_horizon: int = 640 # responses over which an adaptive price can change by about a fifth
-    rescore: bool = True # whether a pass over the finished responses gives old log-probabilities and values; False keeps the sampler's, saves the pass, and wants weights in 32 bits
+    rescore: bool = True # whether a pass over the finished responses gives old log-probabilities and values; False keeps the sampler's and saves the pass, for weights in 32 bits and a value without a backbone of its own
     missing_end_score: float = -3.0 # score of a response that was cut off before its end token
     whiten_rewards: bool = False # whether the rewards of tokens are brought to standard deviation 1, mean kept
     n_epochs: int = 4 # passes over a rollout
