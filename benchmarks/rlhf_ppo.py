@@ -5,7 +5,7 @@
 
 A Llama of 7.3 million parameters with random weights, 16 prompts of 48 tokens, 32 new tokens each, a reward model of the same size, four epochs of one
 minibatch, one thread. An update is everything: sampling, log-probabilities, reference, values, reward, and the steps of the optimizer. The two
-take turns, update by update, from the same weights; the ratio is the median of seven. TRL trains a second backbone for the values, the course's
+take turns, update by update, from the same weights; the ratio is the median of fifteen. TRL trains a second backbone for the values, the course's
 policy has its value head on its own; `own backbone` is the course's with a second one as well, and tells how much of the ratio that is.
 Both keep the log-probabilities that tokens had when they were drawn (the course's by `rescore=False`; its default, and a policy with a second backbone,
 ask once more).
@@ -37,7 +37,7 @@ import rlhf_course.rlhf as rlhf
 from rlhf_course.reward_model import score_responses
 from rlhf_course.tiny_lm import build_tokenizer, encode_prompts, tiny_llama
 
-ROUNDS, BATCH, PROMPT_TOKENS, NEW_TOKENS, EPOCHS = 7, 16, 48, 32, 4
+ROUNDS, BATCH, PROMPT_TOKENS, NEW_TOKENS, EPOCHS = 15, 16, 48, 32, 4
 LORA = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"])
 CONFIG = rlhf.RLHFConfig(n_updates=ROUNDS + 1, batch_size=BATCH, max_new_tokens=NEW_TOKENS, n_epochs=EPOCHS, minibatch_size=BATCH, learning_rate=1e-5,
                          value_learning_rate=1e-5, kl_coef=0.05, max_kl=1e9, rescore=False)  # fmt: skip

@@ -28,7 +28,8 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast)
+                          PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast)
+from transformers.cache_utils import DynamicLayer
 
 from .checks import bad_argument
 from .tiny_arena import Arena, log_prob, nano_arena, sample_response, tiny_arena
@@ -307,7 +308,38 @@ class Sample:
     values: Tensor | None = None # what `value_fn` read where each token was drawn, 0 for padding, (B, R) float; None without one
 
 # %% ../nbs/00b_tiny_lm.ipynb #ad4097d9
-@torch.no_grad()
+class _RoomyLayer(DynamicLayer):
+    "The cache of one layer, (B, heads, length, D): the front of two tensors that have room behind it."
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.kept = [x[..., :0, :] for x in (key_states, value_states)]
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (x[..., :length, :] for x in self.kept)
+        return self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized: self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        missing = stop - self.kept[0].shape[-2]
+        if missing > 0: self.kept = [torch.nn.functional.pad(x, (0, 0, 0, missing + 32)) for x in self.kept]
+        for x, new in zip(self.kept, (key_states, value_states)): x[..., start:stop, :] = new
+        return self._show(stop)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.kept = [x[indices] for x in self.kept]
+        self._show(self.get_seq_length())
+
+
+def _roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    "An empty cache. Layers that look back a limited way, or keep something else, are those of `transformers`."
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+# %% ../nbs/00b_tiny_lm.ipynb #3aeeeabc
 def sample_responses(
     model: PreTrainedModel, # a causal language model, in eval mode
     prompt_ids: Tensor, # prompts padded on the left, (B, P) long
@@ -325,19 +357,20 @@ def sample_responses(
     response_ids, logprobs = prompt_ids.new_full(shape, pad_token_id), torch.zeros(shape, device=prompt_ids.device)
     values = torch.zeros_like(logprobs)
     rows = torch.arange(len(prompt_ids), device=prompt_ids.device) # the rows still being written
-    ids, mask, positions, cache = prompt_ids, prompt_mask, position_ids(prompt_mask), DynamicCache(config=model.config)
-    for t in range(max_new_tokens):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1,
-                    output_hidden_states=value_fn is not None)
-        log_p = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)
-        token = torch.multinomial(log_p.exp(), 1, generator=generator)
-        response_ids[rows, t], logprobs[rows, t] = token[:, 0], log_p.gather(1, token)[:, 0]
-        if value_fn is not None: values[rows, t] = value_fn(out.hidden_states[-1][:, -1])
-        going = (token[:, 0] != eos_token_id).nonzero()[:, 0]
-        if not len(going): break
-        if len(going) < len(rows): cache.batch_select_indices(going)
-        rows, ids = rows[going], token[going]
-        mask, positions = torch.nn.functional.pad(mask[going], (0, 1), value=1), positions[going, -1:] + 1
+    ids, mask, positions, cache = prompt_ids, prompt_mask, position_ids(prompt_mask), _roomy_cache(model.config)
+    with torch.inference_mode(): # like no_grad, and faster; what was made outside can still be trained on
+        for t in range(max_new_tokens):
+            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                        output_hidden_states=value_fn is not None)
+            log_p = torch.log_softmax(out.logits[:, -1].float() / temperature, dim=-1)
+            token = torch.multinomial(log_p.exp(), 1, generator=generator)
+            response_ids[rows, t], logprobs[rows, t] = token[:, 0], log_p.gather(1, token)[:, 0]
+            if value_fn is not None: values[rows, t] = value_fn(out.hidden_states[-1][:, -1])
+            going = (token[:, 0] != eos_token_id).nonzero()[:, 0]
+            if not len(going): break
+            if len(going) < len(rows): cache.batch_select_indices(going)
+            rows, ids = rows[going], token[going]
+            mask, positions = torch.nn.functional.pad(mask[going], (0, 1), value=1), positions[going, -1:] + 1
     is_eos = response_ids == eos_token_id
     ended = is_eos.any(1)
     n_tokens = torch.where(ended, is_eos.int().argmax(1) + 1, max_new_tokens)

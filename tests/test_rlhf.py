@@ -20,7 +20,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
 
+from rlhf_course import tiny_lm
 from rlhf_course.reward_model import new_reward_model, score_responses
 from rlhf_course.rlhf import (
     PolicyWithValue,
@@ -499,6 +501,49 @@ def test_finished_rows_cost_nothing():
                               generator=torch.Generator().manual_seed(0))  # fmt: skip
     n_tokens = sample.response_mask.sum(1)
     assert sum(rows) == int(n_tokens.sum()) < 0.7 * sample.response_mask.numel() and len(rows) == int(n_tokens.max())
+
+
+def odd_models():
+    """Small models with random weights whose caches differ: plain, with absolute positions, looking back eight tokens in all layers, or in every other."""
+    size = {"vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = {"eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id, "bos_token_id": None}
+    mixed = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 8}
+    return {
+        "llama": LlamaConfig(**size, **small),
+        "gpt2": GPT2Config(vocab_size=len(TOKENIZER), n_embd=32, n_layer=2, n_head=2, **small),
+        "mistral": MistralConfig(**size, **small, sliding_window=8),
+        "gemma3": Gemma3TextConfig(**size, **small, **mixed),
+    }
+
+
+@pytest.mark.parametrize("name", odd_models())
+def test_cache_with_room_changes_no_bit(name, monkeypatch):
+    """The same tokens, log-probabilities and hidden states as with the cache of transformers, while rows end and the room is used up."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(odd_models()[name]).eval()
+    ids, mask = encode_prompts(TOKENIZER, ARENA.prompts[:48])
+
+    def draw():
+        return sample_responses(model, ids, mask, max_new_tokens=100, eos_token_id=int(ids[0, -1]), pad_token_id=TOKENIZER.pad_token_id, temperature=0.5,
+                                generator=torch.Generator().manual_seed(0), value_fn=lambda hidden: hidden.sum(-1))  # fmt: skip
+
+    ours = draw()
+    monkeypatch.setattr(tiny_lm, "_roomy_cache", lambda config: DynamicCache(config=config))
+    theirs = draw()
+    for field in ("response_ids", "response_mask", "logprobs", "ended", "values"):
+        assert torch.equal(getattr(ours, field), getattr(theirs, field)), field
+    assert 1 < len(ours.response_mask.sum(1).unique()) and ours.response_mask.shape[1] == 100
+
+
+def test_room_is_taken_rarely():
+    """A hundred tokens are written into tensors that were made four times, and what comes out can be trained on."""
+    seen = []
+    model = copy.deepcopy(MODEL)
+    model.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs["past_key_values"].layers[0].kept[0]), with_kwargs=True)
+    ids, mask = encode_prompts(TOKENIZER, ARENA.prompts[:4])
+    sample = sample_responses(model, ids, mask, max_new_tokens=100, eos_token_id=-1, pad_token_id=TOKENIZER.pad_token_id, value_fn=lambda hidden: hidden.sum(-1))
+    assert len(seen) == 100 and len({id(x) for x in seen}) == 1 + 99 // 33
+    assert not any(x.is_inference() for x in (sample.response_ids, sample.response_mask, sample.logprobs, sample.ended, sample.values))
 
 
 def test_bfloat16_policy_trains():
