@@ -232,7 +232,7 @@ def raises(prompts, responses):
 
 
 @pytest.mark.parametrize(("how", "words"), [
-    (lambda p, r: torch.full((len(p),), math.nan), "nan for prompt"), (lambda p, r: truth(p, r) / 0 * 0 + math.inf, "inf|nan"),
+    (lambda p, r: torch.full((len(p),), math.nan), "nan for prompt"), (lambda p, r: torch.full((len(p),), -math.inf), "-inf for prompt"),
     (lambda p, r: torch.zeros(len(p), 1), r"\(8, 1\) for prompts that begin with"), (lambda p, r: torch.zeros(()), r"\(\) for prompts"),
     (lambda p, r: [0.0] * (len(p) - 1), r"\(7,\)"), (raises, "RuntimeError: out of luck, for prompt '"),
 ])  # fmt: skip
@@ -421,6 +421,28 @@ def test_training_on_what_the_sampler_kept():
     policies = new_policy(), new_policy()
     rows = [train(policy, config) for policy in policies]
     assert same_weights(*policies) and abs(rows[0][0]["kl"]) < 1e-4 < abs(rows[0][-1]["kl"])
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_rewards_follow_the_settings(estimator, whiten):
+    """The price of each token by the estimator that was asked for, the score on the last token, all brought to one scale if wished."""
+    policy = new_policy()
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.02)
+    config = replace(SMALL, kl_coef=0.3, kl_estimator=estimator, whiten_rewards=whiten)
+    rollout = collect_rollout(policy, MODEL, TOKENIZER, list(ARENA.prompts[:8]), truth, config, torch.Generator().manual_seed(0))
+    log_ratio = (rollout.logprobs - rollout.ref_logprobs).double()
+    price = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": (-log_ratio).exp() - 1 + log_ratio}[estimator]
+    expected = torch.where(rollout.mask, -0.3 * price, 0.0)
+    last = rollout.mask.sum(0) - 1
+    expected[last, torch.arange(8)] += rollout.scores.double()
+    kept = expected[rollout.mask]
+    if whiten:
+        kept = (kept - kept.mean()) / kept.std() + kept.mean()
+    assert_close(rollout.rewards[rollout.mask].double(), kept, atol=1e-5, rtol=1e-5)
+    assert (rollout.rewards[~rollout.mask] == 0).all() and not rollout.mask.all() and log_ratio[rollout.mask].abs().max() > 0.05
 
 
 def test_padding_changes_no_gradient():
